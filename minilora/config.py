@@ -1,0 +1,298 @@
+"""Every setting of a run: its name, default, meaning and check.
+
+The names and defaults are LLaMA-Factory's and the Hugging Face Trainer's; where a default is
+ours the help text says so.
+"""
+
+import dataclasses
+import math
+import operator
+import types
+import typing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+LIMITS: Mapping[str, tuple[Callable[[Any, Any], bool], str]] = types.MappingProxyType(
+    {
+        "above": (operator.gt, "above"),
+        "at_least": (operator.ge, "at least"),
+        "below": (operator.lt, "below"),
+        "at_most": (operator.le, "at most"),
+    }
+)
+KINDS: Mapping[type, str] = types.MappingProxyType(
+    {
+        bool: "true or false",
+        int: "a whole number",
+        float: "a number",
+        str: "text",
+        tuple: "a list of names",
+    }
+)
+
+
+class RequestError(Exception):
+    """The request is wrong (settings, data or weights): exit code 2, with every problem found."""
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        assert not isinstance(problems, str), "a list of problems, not one string"
+        super().__init__("\n".join(problems))
+        self.problems = tuple(problems)
+
+
+class RunError(Exception):
+    """Something happened in the run: exit code 1, with what happened and the next step."""
+
+
+def setting(default: Any, text: str, *, choices: tuple[str, ...] = (), **limits: float) -> Any:
+    """Declare one setting: default, its line of --help, allowed values and limits (see LIMITS)."""
+    assert limits.keys() <= LIMITS.keys(), limits
+    return field(default=default, metadata={"help": text, "choices": choices, "limits": limits})
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """Which weights are trained, and how their attention is computed."""
+
+    model_name_or_path: str | None = setting(
+        None, "Folder of the base model: config.json, *.safetensors and the tokenizer. Required."
+    )
+    adapter_name_or_path: str | None = setting(
+        None, "Folder of a PEFT LoRA adapter to continue from; its step counter starts at 0."
+    )
+    flash_attn: str = setting(
+        "auto",
+        "Attention kernel; auto takes the fastest that works here, and all give the same numbers.",
+        choices=("auto", "disabled", "sdpa", "fa2"),
+    )
+
+
+@dataclass(frozen=True)
+class MethodSettings:
+    """What is learned: the objective and the shape of the adapter."""
+
+    stage: str = setting("sft", "sft trains on answers, pt on plain text.", choices=("sft", "pt"))
+    lora_rank: int = setting(8, "Rank r of each LoRA pair.", at_least=1)
+    lora_alpha: int | None = setting(
+        None, "LoRA strength: the update is scaled by alpha / rank. Default: 2 x rank.", at_least=1
+    )
+    lora_dropout: float = setting(
+        0.0, "Share of the inputs of each LoRA pair dropped in training.", at_least=0, below=1
+    )
+    lora_target: tuple[str, ...] = setting(
+        ("all",), "Layers that get a LoRA pair: all, or names such as q_proj,v_proj."
+    )
+
+    @property
+    def alpha(self) -> int:
+        """lora_alpha, or its default of twice the rank."""
+        return 2 * self.lora_rank if self.lora_alpha is None else self.lora_alpha
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """Which rows are trained on, and how they become tokens."""
+
+    dataset: tuple[str, ...] = setting(
+        (), "Names from dataset_info.json and/or .json, .jsonl, .txt files. Required to train."
+    )
+    dataset_dir: str = setting("data", "Folder of dataset_info.json and of the files it names.")
+    template: str | None = setting(
+        None, "Chat template, such as llama3. Default: the one that came with the base model."
+    )
+    default_system: str | None = setting(
+        None, "System message of conversations that have none. Default: the template's own."
+    )
+    cutoff_len: int = setting(2048, "Longest conversation, in tokens; the rest is cut.", at_least=2)
+    train_on_prompt: bool = setting(False, "Learn the questions too, not only the answers.")
+    mask_history: bool = setting(False, "Learn only the last answer of each conversation.")
+    packing: bool | None = setting(
+        None,
+        "Fill each row of a batch up to cutoff_len with whole documents. Default: only for pt.",
+    )
+    max_samples: int | None = setting(None, "Use the first N rows of each dataset.", at_least=1)
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """How long, how fast and in which steps to train, and what to write."""
+
+    output_dir: str | None = setting(None, "Folder for everything the run writes. Required.")
+    overwrite_output_dir: bool = setting(False, "Write into output_dir though it holds a run.")
+    per_device_train_batch_size: int = setting(
+        8, "Documents of one GPU per micro-batch; decides the step, not the memory.", at_least=1
+    )
+    gradient_accumulation_steps: int = setting(
+        1, "Micro-batches per optimizer step; decides the step, not the memory.", at_least=1
+    )
+    learning_rate: float = setting(5e-5, "Highest learning rate.", above=0)
+    num_train_epochs: float = setting(3.0, "Passes over the data.", above=0)
+    max_steps: int = setting(
+        -1, "Stop after this many optimizer steps, whatever num_train_epochs says.", at_least=-1
+    )
+    lr_scheduler_type: str = setting(
+        "linear",
+        "How the learning rate falls after the warm-up.",
+        choices=(
+            "linear",
+            "cosine",
+            "cosine_with_restarts",
+            "polynomial",
+            "constant",
+            "constant_with_warmup",
+            "inverse_sqrt",
+        ),
+    )
+    warmup_ratio: float = setting(
+        0.0, "Share of the steps in which the learning rate rises.", at_least=0, at_most=1
+    )
+    warmup_steps: int = setting(
+        0, "Steps in which the learning rate rises; overrides warmup_ratio.", at_least=0
+    )
+    weight_decay: float = setting(0.0, "AdamW weight decay.", at_least=0)
+    max_grad_norm: float = setting(1.0, "Clip the gradient to this norm; 0 = never.", at_least=0)
+    adam_beta1: float = setting(0.9, "AdamW beta1.", at_least=0, below=1)
+    adam_beta2: float = setting(0.999, "AdamW beta2.", at_least=0, below=1)
+    adam_epsilon: float = setting(1e-8, "AdamW epsilon.", above=0)
+    optim: str = setting("adamw_torch", "Optimizer.", choices=("adamw_torch", "adamw_torch_fused"))
+    bf16: bool | None = setting(None, "Compute in bfloat16. Default: on a GPU yes, on a CPU no.")
+    seed: int = setting(
+        42, "Seed of data order, LoRA start and dropout.", at_least=0, at_most=2**32 - 1
+    )
+    disable_shuffling: bool = setting(False, "Keep the rows in the order of the files.")
+    logging_steps: int = setting(
+        10, "Steps per line of trainer_log.jsonl (10 is ours; the Trainer's is 500).", at_least=1
+    )
+    save_strategy: str = setting(
+        "steps", "When to write a snapshot to resume from.", choices=("steps", "epoch", "no")
+    )
+    save_steps: int = setting(500, "Steps per snapshot with save_strategy steps.", at_least=1)
+    save_only_model: bool = setting(False, "Snapshots hold the adapter only: smaller, no resume.")
+    save_total_limit: int | None = setting(
+        None, "Keep only the newest N snapshots. Default: all.", at_least=1
+    )
+    plot_loss: bool = setting(True, "Draw training_loss.png (on is ours; needs matplotlib).")
+    deepspeed: str | None = setting(
+        None, "DeepSpeed's JSON file. Default: the zero3.json that comes with minilora."
+    )
+    # 1e9 s is where a timeout in nanoseconds still fits 64 bits.
+    ddp_timeout: int = setting(
+        1800, "Seconds a rank waits for the others.", at_least=1, at_most=10**9
+    )
+    tile_tokens: int = setting(
+        4096, "Ours: tokens a block computes at a time; bounds its working memory.", at_least=1
+    )
+    gather_tokens: int | None = setting(
+        None,
+        "Ours: tokens per gather of a block; bounds the saved inputs. Default: the whole step.",
+        at_least=1,
+    )
+    verbose_deepspeed: bool = setting(False, "Ours: print DeepSpeed's own log lines too.")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All settings of one run, checked together.
+
+    notices: lines to show once, such as which known keys were ignored
+    origins: key -> where its value came from, for the keys that were given
+
+    Raises RequestError with every problem of every setting.
+    """
+
+    model: ModelSettings = ModelSettings()
+    method: MethodSettings = MethodSettings()
+    data: DataSettings = DataSettings()
+    train: TrainSettings = TrainSettings()
+    notices: tuple[str, ...] = ()
+    origins: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        problems = [
+            problem
+            for group in (self.model, self.method, self.data, self.train)
+            for item in dataclasses.fields(group)
+            for problem in value_problems(item, getattr(group, item.name), self.name_of(item.name))
+        ]
+        problems += [] if problems else self._joint_problems()
+        if problems:
+            raise RequestError(problems)
+
+    @property
+    def packs(self) -> bool:
+        """packing, or its default: yes for plain text, no for conversations."""
+        return self.method.stage == "pt" if self.data.packing is None else self.data.packing
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every key and value, flat and in the order of --help."""
+        groups = (self.model, self.method, self.data, self.train)
+        return {name: value for group in groups for name, value in vars(group).items()}
+
+    def name_of(self, key: str) -> str:
+        """The key as messages name it: with the place its value came from."""
+        return f"{key} ({self.origins[key]})" if key in self.origins else key
+
+    def _joint_problems(self) -> list[str]:
+        problems = []
+        if self.data.mask_history and self.data.train_on_prompt:
+            problems.append(
+                f"{self.name_of('mask_history')} and {self.name_of('train_on_prompt')} "
+                "contradict each other: set one of them to false"
+            )
+        if "all" in self.method.lora_target and len(self.method.lora_target) > 1:
+            problems.append(
+                f"{self.name_of('lora_target')}: all already means every layer; "
+                "give all alone, or only names"
+            )
+        gather, tile = self.train.gather_tokens, self.train.tile_tokens
+        if gather is not None and gather < tile:
+            problems.append(
+                f"{self.name_of('gather_tokens')}: {gather} is less than tile_tokens {tile}; "
+                "raise it or lower tile_tokens"
+            )
+        return problems
+
+
+def all_settings() -> Iterator[tuple[str, "dataclasses.Field[Any]"]]:
+    """Every setting as (group, field), group being model, method, data or train."""
+    groups = {
+        "model": ModelSettings,
+        "method": MethodSettings,
+        "data": DataSettings,
+        "train": TrainSettings,
+    }
+    for group, declaration in groups.items():
+        for item in dataclasses.fields(declaration):
+            yield group, item
+
+
+def kind_of(item: "dataclasses.Field[Any]") -> tuple[type, bool]:
+    """The declared type of a setting as (bool | int | float | str | tuple, may it be None)."""
+    parts = typing.get_args(item.type) if isinstance(item.type, types.UnionType) else (item.type,)
+    inner = next(part for part in parts if part is not types.NoneType)
+    return typing.get_origin(inner) or inner, types.NoneType in parts
+
+
+def value_problems(item: "dataclasses.Field[Any]", value: Any, name: str) -> list[str]:
+    """What is wrong with one value by its declared type, choices and limits."""
+    kind, optional = kind_of(item)
+    if value is None and optional:
+        return []
+    wanted = KINDS[kind]
+    # bool is a subclass of int, but "lora_rank: true" is a mistake; 1 is fine as a float.
+    right = type(value) is kind or (kind is float and type(value) is int)
+    if kind is tuple and right:
+        right = all(isinstance(part, str) and part for part in value)
+    if not right:
+        return [f"{name}: {value!r} is not {wanted}"]
+    if kind is float and not math.isfinite(value):
+        return [f"{name}: {value} is not a finite number"]
+    choices = item.metadata["choices"]
+    if choices and value not in choices:
+        return [f"{name}: {value!r} is not one of {', '.join(choices)}"]
+    return [
+        f"{name}: {value} must be {LIMITS[limit][1]} {bound}"
+        for limit, bound in item.metadata["limits"].items()
+        if not LIMITS[limit][0](value, bound)
+    ]

@@ -1,0 +1,1 @@
+"""The run: the DeepSpeed engine, the training loop, memory and the log."""
