@@ -5,31 +5,11 @@ ours the help text says so.
 """
 
 import dataclasses
-import math
-import operator
-import types
-import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-LIMITS: Mapping[str, tuple[Callable[[Any, Any], bool], str]] = types.MappingProxyType(
-    {
-        "above": (operator.gt, "above"),
-        "at_least": (operator.ge, "at least"),
-        "below": (operator.lt, "below"),
-        "at_most": (operator.le, "at most"),
-    }
-)
-KINDS: Mapping[type, str] = types.MappingProxyType(
-    {
-        bool: "true or false",
-        int: "a whole number",
-        float: "a number",
-        str: "text",
-        tuple: "a list of names",
-    }
-)
+from minilora.fields import setting, value_problems
 
 
 class RequestError(Exception):
@@ -43,12 +23,6 @@ class RequestError(Exception):
 
 class RunError(Exception):
     """Something happened in the run: exit code 1, with what happened and the next step."""
-
-
-def setting(default: Any, text: str, *, choices: tuple[str, ...] = (), **limits: float) -> Any:
-    """Declare one setting: default, its line of --help, allowed values and limits (see LIMITS)."""
-    assert limits.keys() <= LIMITS.keys(), limits
-    return field(default=default, metadata={"help": text, "choices": choices, "limits": limits})
 
 
 @dataclass(frozen=True)
@@ -265,34 +239,3 @@ def all_settings() -> Iterator[tuple[str, "dataclasses.Field[Any]"]]:
     for group, declaration in groups.items():
         for item in dataclasses.fields(declaration):
             yield group, item
-
-
-def kind_of(item: "dataclasses.Field[Any]") -> tuple[type, bool]:
-    """The declared type of a setting as (bool | int | float | str | tuple, may it be None)."""
-    parts = typing.get_args(item.type) if isinstance(item.type, types.UnionType) else (item.type,)
-    inner = next(part for part in parts if part is not types.NoneType)
-    return typing.get_origin(inner) or inner, types.NoneType in parts
-
-
-def value_problems(item: "dataclasses.Field[Any]", value: Any, name: str) -> list[str]:
-    """What is wrong with one value by its declared type, choices and limits."""
-    kind, optional = kind_of(item)
-    if value is None and optional:
-        return []
-    wanted = KINDS[kind]
-    # bool is a subclass of int, but "lora_rank: true" is a mistake; 1 is fine as a float.
-    right = type(value) is kind or (kind is float and type(value) is int)
-    if kind is tuple and right:
-        right = all(isinstance(part, str) and part for part in value)
-    if not right:
-        return [f"{name}: {value!r} is not {wanted}"]
-    if kind is float and not math.isfinite(value):
-        return [f"{name}: {value} is not a finite number"]
-    choices = item.metadata["choices"]
-    if choices and value not in choices:
-        return [f"{name}: {value!r} is not one of {', '.join(choices)}"]
-    return [
-        f"{name}: {value} must be {LIMITS[limit][1]} {bound}"
-        for limit, bound in item.metadata["limits"].items()
-        if not LIMITS[limit][0](value, bound)
-    ]
