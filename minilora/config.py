@@ -6,7 +6,7 @@ ours the help text says so.
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import Field, dataclass, field
 from typing import Any
 
 from minilora.fields import setting, value_problems
@@ -228,7 +228,7 @@ class Settings:
         return problems
 
 
-def all_settings() -> Iterator[tuple[str, "dataclasses.Field[Any]"]]:
+def all_settings() -> Iterator[tuple[str, "Field[Any]"]]:
     """Every setting as (group, field), group being model, method, data or train."""
     groups = {
         "model": ModelSettings,

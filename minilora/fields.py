@@ -1,11 +1,11 @@
 """How one setting is declared and checked: type, allowed values and limits."""
 
-import math
 import operator
+import sys
 import types
 import typing
 from collections.abc import Callable, Mapping
-from dataclasses import field
+from dataclasses import Field, field
 from typing import Any
 
 LIMITS: Mapping[str, tuple[Callable[[Any, Any], bool], str]] = types.MappingProxyType(
@@ -25,6 +25,8 @@ KINDS: Mapping[type, str] = types.MappingProxyType(
         tuple: "a list of names",
     }
 )
+# Nothing here is counted past 1e12; a float may be anything but nan and infinity.
+LARGEST: Mapping[type, float] = types.MappingProxyType({int: 10**12, float: sys.float_info.max})
 
 
 def setting(default: Any, text: str, *, choices: tuple[str, ...] = (), **limits: float) -> Any:
@@ -33,14 +35,14 @@ def setting(default: Any, text: str, *, choices: tuple[str, ...] = (), **limits:
     return field(default=default, metadata={"help": text, "choices": choices, "limits": limits})
 
 
-def kind_of(item: "dataclasses.Field[Any]") -> tuple[type, bool]:
+def kind_of(item: "Field[Any]") -> tuple[type, bool]:
     """The declared type of a setting as (bool | int | float | str | tuple, may it be None)."""
     parts = typing.get_args(item.type) if isinstance(item.type, types.UnionType) else (item.type,)
     inner = next(part for part in parts if part is not types.NoneType)
     return typing.get_origin(inner) or inner, types.NoneType in parts
 
 
-def value_problems(item: "dataclasses.Field[Any]", value: Any, name: str) -> list[str]:
+def value_problems(item: "Field[Any]", value: Any, name: str) -> list[str]:
     """What is wrong with one value by its declared type, choices and limits."""
     kind, optional = kind_of(item)
     if value is None and optional:
@@ -52,8 +54,10 @@ def value_problems(item: "dataclasses.Field[Any]", value: Any, name: str) -> lis
         right = all(isinstance(part, str) and part for part in value)
     if not right:
         return [f"{name}: {value!r} is not {wanted}"]
-    if kind is float and not math.isfinite(value):
-        return [f"{name}: {value} is not a finite number"]
+    if kind in LARGEST and not abs(value) <= LARGEST[kind]:
+        return [f"{name}: {value} is out of range"]
+    if kind is str and (not value or "\0" in value):
+        return [f"{name}: {value!r} is no usable text; leave the key out for its default"]
     choices = item.metadata["choices"]
     if choices and value not in choices:
         return [f"{name}: {value!r} is not one of {', '.join(choices)}"]
