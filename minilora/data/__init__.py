@@ -1,0 +1,1 @@
+"""Rows of files become conversations, these become tokens, and these become steps."""

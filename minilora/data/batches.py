@@ -1,0 +1,213 @@
+"""Tokenised documents, and the tokens of one optimizer step on one rank.
+
+Shape letters: T tokens of all documents, n documents, N tokens of one span.
+"""
+
+import hashlib
+import os
+from bisect import bisect_left, insort
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+NO_LABEL = -100  # torch's default ignore_index of cross_entropy
+
+Int32s = NDArray[np.int32]
+Int64s = NDArray[np.int64]
+Bools = NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Documents:
+    """All tokenised documents, end to end.
+
+    tokens: (T,) int32. trained: (T,) bool, whether the token is a target of the loss.
+    offsets: (n+1,) int64, where each document starts, and T.
+    """
+
+    tokens: Int32s
+    trained: Bools
+    offsets: Int64s
+
+    @classmethod
+    def of(cls, encoded: Sequence[tuple[Int32s, Bools]]) -> "Documents":
+        """Lay (token_ids, trained) pairs end to end."""
+        offsets = np.zeros(len(encoded) + 1, dtype=np.int64)
+        np.cumsum([len(ids) for ids, _ in encoded], out=offsets[1:])
+        tokens = np.concatenate([np.empty(0, np.int32), *(ids for ids, _ in encoded)])
+        trained = np.concatenate([np.empty(0, np.bool_), *(mask for _, mask in encoded)])
+        return cls(tokens.astype(np.int32, copy=False), trained, offsets)
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def lengths(self) -> Int64s:
+        """Tokens per document: (n,) int64."""
+        return np.diff(self.offsets)
+
+    @property
+    def labelled(self) -> Int64s:
+        """Targets per document: (n,) int64. The first token of a document is never a target."""
+        running = np.concatenate([[0], np.cumsum(self.trained, dtype=np.int64)])
+        first = self.trained[self.offsets[:-1]].astype(np.int64)
+        return np.asarray(running[self.offsets[1:]] - running[self.offsets[:-1]] - first)
+
+    def fingerprint(self) -> str:
+        """A digest of every token, mask and boundary, so a resumed run sees whether data changed."""
+        digest = hashlib.sha256()
+        for array, dtype in ((self.tokens, "<i4"), (self.trained, "?"), (self.offsets, "<i8")):
+            digest.update(np.ascontiguousarray(array, dtype=dtype).data)
+        return digest.hexdigest()
+
+    def save(self, folder: Path) -> None:
+        """Write tokens.npy, trained.npy and offsets.npy, each complete or not at all."""
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in ("tokens", "trained", "offsets"):
+            temporary = folder / f"{name}.npy.tmp"
+            with open(temporary, "wb") as file:
+                np.save(file, getattr(self, name), allow_pickle=False)
+            os.replace(temporary, folder / f"{name}.npy")
+
+    @classmethod
+    def load(cls, folder: Path) -> "Documents":
+        """Map what `save` wrote into memory; all processes of a machine share the pages."""
+        names = ("tokens", "trained", "offsets")
+        return cls(*(np.load(folder / f"{name}.npy", mmap_mode="r") for name in names))
+
+
+@dataclass(frozen=True)
+class TileLimits:
+    """How many tokens a block computes at a time, and how many share one gather of each block.
+
+    gather_tokens: None for the whole step.
+    """
+
+    tile_tokens: int = 4096
+    gather_tokens: int | None = None
+
+
+@dataclass(frozen=True)
+class Place:
+    """This process among all processes of the run."""
+
+    rank: int = 0
+    world_size: int = 1
+
+
+@dataclass(frozen=True)
+class Span:
+    """One flat run of whole documents, computed with one forward and backward.
+
+    token_ids: (N,) int64. labels: (N,) int64, labels[i] is the target of position i, -100 for none.
+    tiles: document lengths per tile; they sum to N. seed: for dropout.
+    """
+
+    token_ids: torch.Tensor
+    labels: torch.Tensor
+    tiles: tuple[tuple[int, ...], ...]
+    seed: int
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one rank computes in an optimizer step: `spans`, of which every rank has equally many.
+
+    labelled, tokens: targets and tokens of all ranks together. rows, local_rows: document ids of
+    all ranks, and of this one.
+    """
+
+    spans: list[Span]
+    labelled: int
+    tokens: int
+    rows: Int64s
+    local_rows: Int64s
+
+
+def build_step(
+    documents: Documents,
+    rows: Int64s,
+    *,
+    step: int,
+    place: Place,
+    limits: TileLimits,
+    seed: int,
+) -> Step:
+    """This rank's part of the documents `rows`, as spans of tiles.
+
+    Every rank works out the deal of all ranks, so they agree on the number of spans without
+    communication. A span without documents holds one token without a label: collectives match, sums
+    do not change.
+    """
+    lengths = documents.offsets[rows + 1] - documents.offsets[rows]
+    shares = _deal(lengths, place.world_size)
+    share = shares[place.rank]
+    limit = limits.gather_tokens or int(lengths.sum())
+    spans_wanted = max(1, *(len(_pack(lengths[other], limit)) for other in shares))
+    groups = [share[group] for group in _pack(lengths[share], limit)]
+    groups += [share[:0]] * (spans_wanted - len(groups))
+    spans = [
+        _span(documents, rows[group], limits.tile_tokens, _mix(seed, step, place.rank, index))
+        for index, group in enumerate(groups)
+    ]
+    positions, starts = _positions(documents, rows)
+    labelled = int(documents.trained[positions].sum() - documents.trained[positions[starts]].sum())
+    return Step(spans, labelled, int(lengths.sum()), rows, rows[share])
+
+
+def _deal(lengths: Int64s, world_size: int) -> list[Int64s]:
+    """Indices into `lengths` for every rank: longest first, each to the rank with fewest tokens."""
+    loads = [(0, rank) for rank in range(world_size)]
+    shares: list[list[int]] = [[] for _ in range(world_size)]
+    for index in np.argsort(-lengths, kind="stable").tolist():
+        load, rank = loads.pop(0)
+        shares[rank].append(index)
+        insort(loads, (load + int(lengths[index]), rank))
+    return [np.array(share, dtype=np.int64) for share in shares]
+
+
+def _pack(lengths: Iterable[int], limit: int) -> list[list[int]]:
+    """Indices into `lengths`, best fit in bins of `limit` tokens (or one longer document)."""
+    bins: list[list[int]] = []
+    rooms: list[tuple[int, int]] = []  # (tokens still free, bin), sorted
+    for index, length in enumerate(lengths):
+        at = bisect_left(rooms, (int(length), -1))
+        room, chosen = rooms.pop(at) if at < len(rooms) else (limit, len(bins))
+        if chosen == len(bins):
+            bins.append([])
+        bins[chosen].append(index)
+        insort(rooms, (room - int(length), chosen))
+    return bins
+
+
+def _span(documents: Documents, rows: Int64s, tile_tokens: int, seed: int) -> Span:
+    """The span of these documents, tile after tile; without documents one token without a label."""
+    if len(rows) == 0:
+        return Span(torch.zeros(1, dtype=torch.int64), torch.full((1,), NO_LABEL), ((1,),), seed)
+    lengths = documents.offsets[rows + 1] - documents.offsets[rows]
+    tiles = _pack(lengths, tile_tokens)
+    positions, starts = _positions(documents, rows[[index for tile in tiles for index in tile]])
+    tokens = documents.tokens[positions].astype(np.int64)  # (N,)
+    targets = np.where(documents.trained[positions], tokens, NO_LABEL)  # (N,)
+    targets[starts] = NO_LABEL  # nothing in its own document comes before a first token
+    labels = np.append(targets[1:], NO_LABEL)
+    shape = tuple(tuple(int(lengths[index]) for index in tile) for tile in tiles)
+    return Span(torch.from_numpy(tokens), torch.from_numpy(labels), shape, seed)
+
+
+def _positions(documents: Documents, rows: Int64s) -> tuple[Int64s, Int64s]:
+    """Where the tokens of these documents lie, (N,), and where in those each document starts."""
+    lengths = documents.offsets[rows + 1] - documents.offsets[rows]
+    starts = np.cumsum(lengths) - lengths
+    shift = np.repeat(documents.offsets[rows] - starts, lengths)
+    return shift + np.arange(len(shift)), starts
+
+
+def _mix(*numbers: int) -> int:
+    """One number of 63 bits from several, the same on every machine and in every process."""
+    state = np.random.SeedSequence(numbers).generate_state(1, np.uint64)
+    return int(state[0] >> np.uint64(1))

@@ -1,0 +1,245 @@
+"""The step order and the split over ranks, against slow restatements."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from minilora.data.batches import Documents, Place, Step, TileLimits, build_step
+from minilora.data.schedule import Schedule
+
+
+def some_documents(count: int, seed: int, longest: int = 50) -> Documents:
+    rng = np.random.default_rng(seed)
+    return Documents.of(
+        [
+            (rng.integers(0, 1000, n).astype(np.int32), rng.random(n) < 0.4)
+            for n in rng.integers(1, longest + 1, count)
+        ]
+    )
+
+
+def steps_of_all_ranks(
+    documents: Documents, rows: list[int], world_size: int, limits: TileLimits
+) -> list[Step]:
+    ids = np.array(rows, dtype=np.int64)
+    return [
+        build_step(documents, ids, step=3, place=Place(rank, world_size), limits=limits, seed=7)
+        for rank in range(world_size)
+    ]
+
+
+def test_documents_survive_a_round_trip_and_their_fingerprint_sees_every_change(
+    tmp_path: Path,
+) -> None:
+    documents = some_documents(9, seed=0)
+    documents.save(tmp_path / "cache")
+    again = Documents.load(tmp_path / "cache")
+    assert isinstance(again.tokens, np.memmap)
+    for name, dtype in (("tokens", np.int32), ("trained", np.bool_), ("offsets", np.int64)):
+        assert getattr(again, name).dtype == dtype
+        np.testing.assert_array_equal(getattr(again, name), getattr(documents, name))
+    assert sorted(path.name for path in (tmp_path / "cache").iterdir()) == [
+        "offsets.npy",
+        "tokens.npy",
+        "trained.npy",
+    ]
+    assert again.fingerprint() == documents.fingerprint()
+    for name in ("tokens", "trained", "offsets"):
+        fields = {key: getattr(documents, key).copy() for key in ("tokens", "trained", "offsets")}
+        fields[name][1] = 1 - fields[name][1]
+        assert Documents(**fields).fingerprint() != documents.fingerprint()
+
+
+def test_labelled_counts_targets_but_never_the_first_token() -> None:
+    documents = some_documents(40, seed=1)
+    expected = [
+        int(documents.trained[start + 1 : end].sum())
+        for start, end in zip(documents.offsets[:-1], documents.offsets[1:], strict=True)
+    ]
+    assert documents.trained[documents.offsets[:-1]].any()  # else the case is not tried
+    assert documents.labelled.tolist() == expected
+    assert documents.lengths.tolist() == np.diff(documents.offsets).tolist()
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 7])
+@pytest.mark.parametrize("gather_tokens", [None, 60, 10])
+def test_every_row_is_computed_once_with_the_labels_of_a_slow_reference(
+    world_size: int, gather_tokens: int | None
+) -> None:
+    documents = some_documents(200, seed=world_size)
+    rows = np.random.default_rng(2).choice(200, 20, replace=False).tolist()
+    limits = TileLimits(tile_tokens=45, gather_tokens=gather_tokens)
+    steps = steps_of_all_ranks(documents, rows, world_size, limits)
+
+    assert sorted(np.concatenate([step.local_rows for step in steps]).tolist()) == sorted(rows)
+    assert len({len(step.spans) for step in steps}) == 1
+    assert gather_tokens is not None or len(steps[0].spans) == 1
+
+    wanted, tokens, labelled = [], 0, 0
+    for row in rows:
+        start, end = int(documents.offsets[row]), int(documents.offsets[row + 1])
+        ids = documents.tokens[start:end].tolist()
+        labels = [
+            int(documents.tokens[at + 1]) if at + 1 < end and documents.trained[at + 1] else -100
+            for at in range(start, end)
+        ]
+        wanted.append((ids, labels))
+        tokens += len(ids)
+        labelled += sum(label != -100 for label in labels)
+    found = []
+    for step in steps:
+        assert (step.tokens, step.labelled, step.rows.tolist()) == (tokens, labelled, rows)
+        own = []
+        for span in step.spans:
+            assert span.token_ids.dtype == span.labels.dtype == torch.int64
+            lengths = [length for tile in span.tiles for length in tile]
+            assert sum(lengths) == len(span.token_ids) == len(span.labels)
+            own += list(
+                zip(
+                    [part.tolist() for part in torch.split(span.token_ids, lengths)],
+                    [part.tolist() for part in torch.split(span.labels, lengths)],
+                    strict=True,
+                )
+            )
+        real = own[: len(step.local_rows)]  # dummies come after all documents
+        assert own[len(step.local_rows) :] == [([0], [-100])] * (len(own) - len(real))
+        found += real
+    assert sorted(found) == sorted(wanted)
+
+
+def test_tiles_and_spans_keep_their_limits_and_only_one_longer_document_may_pass_them() -> None:
+    documents = some_documents(100, seed=5)
+    limits = TileLimits(tile_tokens=30, gather_tokens=70)
+    for step in steps_of_all_ranks(documents, list(range(60)), 3, limits):
+        for span in step.spans:
+            assert len(span.token_ids) <= 70
+            assert all(sum(tile) <= 30 or len(tile) == 1 for tile in span.tiles)
+        tiles = [tile for span in step.spans for tile in span.tiles]
+        assert max(sum(tile) for tile in tiles) > 30  # a longer document was among them
+        assert max(len(tile) for tile in tiles) > 1
+
+
+def test_ranks_get_about_equal_numbers_of_tokens() -> None:
+    documents = some_documents(100, seed=6)
+    steps = steps_of_all_ranks(documents, list(range(100)), 7, TileLimits())
+    loads = [int(documents.lengths[step.local_rows].sum()) for step in steps]
+    assert max(loads) - min(loads) <= documents.lengths.max()
+
+
+def test_ranks_without_documents_get_one_token_without_a_label() -> None:
+    documents = some_documents(5, seed=3)
+    steps = steps_of_all_ranks(documents, [4], 3, TileLimits())
+    for step in steps[1:]:
+        (span,) = step.spans
+        assert (span.token_ids.tolist(), span.labels.tolist(), span.tiles) == ([0], [-100], ((1,),))
+        assert step.local_rows.tolist() == []
+        assert step.tokens == documents.lengths[4]
+
+
+def test_dropout_seeds_differ_by_everything_and_never_change() -> None:
+    documents = some_documents(50, seed=8)
+    rows = np.arange(50)
+    limits = TileLimits(gather_tokens=60)
+    seeds = []
+    for seed, step, rank in [(1, 0, 0), (1, 0, 1), (1, 1, 0), (2, 0, 0)]:
+        built = build_step(
+            documents, rows, step=step, place=Place(rank, 2), limits=limits, seed=seed
+        )
+        assert len(built.spans) > 1
+        seeds += [span.seed for span in built.spans]
+    assert len(set(seeds)) == len(seeds)
+    assert all(0 <= seed < 2**63 for seed in seeds)
+    assert seeds[0] == 3717377837946358015
+
+
+def schedule(count: int = 103, **fields: object) -> Schedule:
+    lengths = np.random.default_rng(0).integers(1, 40, count)
+    return Schedule(**{"lengths": lengths, "seed": 3, "rows_per_step": 8, **fields})  # type: ignore[arg-type]
+
+
+def epochs_of(order: Schedule, epochs: int) -> list[list[int]]:
+    step, result = 0, []
+    for epoch in range(epochs):
+        count = order.steps_per_epoch(epoch)
+        result.append(np.concatenate([order.rows(step + i) for i in range(count)]).tolist())
+        step += count
+    return result
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_epochs_are_different_permutations_and_asking_in_any_order_gives_the_same(
+    packing: bool,
+) -> None:
+    one = schedule(packing=packing, cutoff_len=40)
+    first, second, third = epochs_of(one, 3)
+    for epoch in (first, second, third):
+        assert sorted(epoch) == list(range(103))
+    assert first != second != third != first
+    expected = [one.rows(step).tolist() for step in range(one.total_steps)]
+    for start in (one.total_steps - 1, one.steps_per_epoch(0) - 1, one.steps_per_epoch(0), 5):
+        fresh = schedule(packing=packing, cutoff_len=40)
+        for step in range(start, one.total_steps):
+            assert fresh.rows(step).tolist() == expected[step]
+    assert epochs_of(schedule(packing=packing, seed=4), 1)[0] != first
+    assert epochs_of(schedule(disable_shuffling=True, packing=packing), 1)[0] == list(range(103))
+
+
+def test_the_order_is_the_same_in_every_release() -> None:
+    assert epochs_of(schedule(count=10), 2) == [
+        [0, 1, 2, 7, 5, 6, 9, 8, 4, 3],
+        [5, 8, 9, 6, 3, 7, 0, 1, 2, 4],
+    ]
+
+
+def test_without_packing_only_the_last_step_of_an_epoch_is_short() -> None:
+    order = schedule()
+    sizes = [len(order.rows(step)) for step in range(order.total_steps)]
+    assert sizes == ([8] * 12 + [7]) * 3
+
+
+def test_packing_takes_as_many_documents_as_fit_and_never_none() -> None:
+    lengths = np.random.default_rng(1).integers(1, 40, 500)
+    lengths[[7, 8, 99]] = 1000  # longer than a whole step
+    order = Schedule(
+        lengths, seed=1, rows_per_step=3, cutoff_len=50, packing=True, num_train_epochs=2
+    )
+    for epoch, documents in enumerate(epochs_of(order, 2)):
+        expected: list[list[int]] = [[]]
+        for row in documents:
+            if expected[-1] and lengths[[*expected[-1], row]].sum() > 150:
+                expected.append([])
+            expected[-1].append(row)
+        begin = epoch * order.steps_per_epoch(0)
+        found = [order.rows(begin + i).tolist() for i in range(order.steps_per_epoch(epoch))]
+        assert found == expected
+    assert order.total_steps == order.steps_per_epoch(0) + order.steps_per_epoch(1)
+
+
+def test_total_steps_follow_fractions_of_epochs_and_max_steps() -> None:
+    assert schedule(num_train_epochs=3.0).total_steps == 39
+    assert schedule(num_train_epochs=2.5).total_steps == 33  # ceil(2.5 * 13)
+    assert schedule(num_train_epochs=0.01).total_steps == 1
+    assert schedule(count=80, num_train_epochs=1.1).total_steps == 11
+    assert schedule(max_steps=100).total_steps == 100
+    assert schedule(max_steps=5, num_train_epochs=30.0).total_steps == 5
+    packed = schedule(packing=True, num_train_epochs=1.5, cutoff_len=40)
+    assert packed.total_steps == packed.steps_per_epoch(0) + -(-packed.steps_per_epoch(1) // 2)
+    assert len(schedule(max_steps=100).rows(99)) == 8  # the eighth epoch
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_epoch_counts_up_to_whole_numbers(packing: bool) -> None:
+    order = schedule(packing=packing, cutoff_len=40)
+    ends = np.cumsum([order.steps_per_epoch(epoch) for epoch in range(3)])
+    assert [order.epoch(int(end) - 1) for end in ends] == [1.0, 2.0, 3.0]
+    values = [order.epoch(step) for step in range(order.total_steps)]
+    assert values == sorted(set(values)) and values[0] == 1 / order.steps_per_epoch(0)
+
+
+def test_an_empty_schedule_is_refused() -> None:
+    with pytest.raises(ValueError, match="documents"):
+        schedule(count=0)
+    with pytest.raises(ValueError, match="rows per step"):
+        schedule(rows_per_step=0)
