@@ -1,0 +1,1 @@
+"""The model in plain torch: Llama, LoRA, recompute, loss. No files, no DeepSpeed."""

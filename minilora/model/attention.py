@@ -1,0 +1,65 @@
+"""Causal attention over documents that lie one after another in a flat run of tokens."""
+
+# Shape letters: N tokens, H heads, K kv heads, E head dim.
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def causal_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lengths: Sequence[int],
+    boundaries: Tensor,
+) -> Tensor:
+    """Attend within each document, never across one and never ahead.
+
+    query: (N, H, E); key, value: (N, K, E), K dividing H; lengths: tokens of each document, sum N;
+    boundaries: (documents + 1,) int32, the running sum of lengths from 0. Returns (N, H, E).
+    Half precision on a GPU takes torch's varlen kernel, all else one SDPA call per document.
+    """
+    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
+        return _varlen(query, key, value, boundaries, max(lengths))
+    if len(lengths) == 1:
+        return attend_document(query, key, value)
+    pieces = zip(query.split(lengths), key.split(lengths), value.split(lengths), strict=True)
+    return torch.cat([attend_document(*piece) for piece in pieces])
+
+
+def attend_document(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Causal attention within one document: query (N, H, E), key and value (N, K, E)."""
+    batch_first = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))  # (1, H, N, E)
+    attended = F.scaled_dot_product_attention(*batch_first, is_causal=True, enable_gqa=True)
+    return attended.squeeze(0).transpose(0, 1)  # (N, H, E)
+
+
+def _varlen(query: Tensor, key: Tensor, value: Tensor, boundaries: Tensor, longest: int) -> Tensor:
+    from torch.nn.attention.varlen import (
+        varlen_attn,
+    )  # loads CUDA kernels, torch >= 2.10
+
+    accepted = inspect.signature(varlen_attn).parameters
+    # Causality is spelled is_causal in torch 2.10 and window_size=(-1, 0) from 2.11 on; grouped
+    # queries are a flag from 2.12 on, before which key and value are repeated here.
+    options: dict[str, Any] = {"window_size": (-1, 0)}
+    if "is_causal" in accepted:
+        options = {"is_causal": True}
+    if "enable_gqa" in accepted:
+        options["enable_gqa"] = True
+    else:
+        groups = query.shape[1] // key.shape[1]
+        key, value = (
+            key.repeat_interleave(groups, 1),
+            value.repeat_interleave(groups, 1),
+        )
+    attended = varlen_attn(query, key, value, boundaries, boundaries, longest, longest, **options)
+    assert isinstance(attended, Tensor)  # a tuple only where more outputs are asked for
+    return attended

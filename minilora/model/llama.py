@@ -1,0 +1,263 @@
+"""Llama 3, 3.1, 3.2, 3.3 over a flat run of documents, with the parameter names of the files."""
+
+# Shape letters: N tokens, D model, H heads, K kv heads, E head dim, V vocabulary.
+# There is no batch axis and no padding: hidden states are (N, D) for any number of documents.
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minilora.model.attention import causal_attention
+from minilora.model.dropout import SeededDropout
+from minilora.model.loss import head_loss
+from minilora.model.recompute import recompute
+from minilora.model.rope import rotate, rotation
+from minilora.model.shape import LlamaShape
+
+
+class Attend(Protocol):
+    """How queries meet keys: within the documents of a tile, or against a cache."""
+
+    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor: ...
+
+
+class Tile(Protocol):
+    """A run of tokens that a block computes at one time."""
+
+    @property
+    def rows(self) -> slice: ...
+
+    @property
+    def rotation(self) -> tuple[Tensor, Tensor]: ...
+
+    @property
+    def seed(self) -> int: ...
+
+    @property
+    def attend(self) -> Attend: ...
+
+
+@dataclass(frozen=True)
+class DocumentTile:
+    """Whole documents at `rows` of the flat run; each attends within itself.
+
+    rotation: cos and sin, (N, 1, E); lengths: tokens of each document; boundaries: their running
+    sum, (documents + 1,) int32; seed: of the dropout masks.
+    """
+
+    rows: slice
+    rotation: tuple[Tensor, Tensor]
+    lengths: tuple[int, ...]
+    boundaries: Tensor
+    seed: int
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return causal_attention(query, key, value, self.lengths, self.boundaries)
+
+
+class Linear(nn.Module):
+    """y = x W^T + b without random initialisation: the numbers come from files."""
+
+    def __init__(self, out_features: int, in_features: int, bias: bool) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.weight = nn.Parameter(torch.empty(out_features, in_features), requires_grad=False)
+        empty = torch.empty(out_features) if bias else None
+        self.bias = nn.Parameter(empty, requires_grad=False) if empty is not None else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight, the reduction in fp32 (Zhang and Sennrich 2019, arXiv 1910.07467)."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(size), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with rotary positions: (N, D) to (N, D)."""
+
+    def __init__(self, shape: LlamaShape, layer: int) -> None:
+        super().__init__()
+        self.layer, self.head_dim = layer, shape.head_dim
+        sizes, bias = shape.linear_shapes(), shape.attention_bias
+        self.q_proj = Linear(*sizes["q_proj"], bias)
+        self.k_proj = Linear(*sizes["k_proj"], bias)
+        self.v_proj = Linear(*sizes["v_proj"], bias)
+        self.o_proj = Linear(*sizes["o_proj"], bias)
+
+    def forward(self, x: Tensor, tile: Tile) -> Tensor:
+        heads = (-1, self.head_dim)
+        query = self.q_proj(x).unflatten(-1, heads)  # (N, H, E)
+        key = self.k_proj(x).unflatten(-1, heads)  # (N, K, E)
+        value = self.v_proj(x).unflatten(-1, heads)  # (N, K, E)
+        query, key = rotate(query, tile.rotation), rotate(key, tile.rotation)
+        attended = tile.attend(self.layer, query, key, value)  # (N, H, E)
+        output: Tensor = self.o_proj(attended.flatten(1))
+        return output
+
+
+class MLP(nn.Module):
+    """SwiGLU (Shazeer 2020, arXiv 2002.05202): (N, D) to (N, D)."""
+
+    def __init__(self, shape: LlamaShape) -> None:
+        super().__init__()
+        sizes, bias = shape.linear_shapes(), shape.mlp_bias
+        self.gate_proj = Linear(*sizes["gate_proj"], bias)
+        self.up_proj = Linear(*sizes["up_proj"], bias)
+        self.down_proj = Linear(*sizes["down_proj"], bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return output
+
+
+class Block(nn.Module):
+    """A decoder block: what ZeRO-3 gathers at once, what is recomputed, what loops over tiles."""
+
+    def __init__(self, shape: LlamaShape, layer: int, recompute: bool) -> None:
+        super().__init__()
+        self.layer, self.recompute = layer, recompute
+        self.dropout: SeededDropout | None = None
+        self.input_layernorm = RMSNorm(shape.hidden_size, shape.rms_norm_eps)
+        self.self_attn = Attention(shape, layer)
+        self.post_attention_layernorm = RMSNorm(shape.hidden_size, shape.rms_norm_eps)
+        self.mlp = MLP(shape)
+
+    def forward(self, hidden: Tensor, tiles: Sequence[Tile]) -> Tensor:
+        """hidden: (N, D), covered by the rows of the tiles in order. Returns (N, D)."""
+        if self.recompute and torch.is_grad_enabled():
+            trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+            return recompute(self._forward_tile, hidden, tiles, trained)
+        return torch.cat([self._forward_tile(hidden[tile.rows], tile) for tile in tiles])
+
+    def _forward_tile(self, hidden: Tensor, tile: Tile) -> Tensor:
+        if self.dropout is not None:
+            self.dropout.reseed((tile.seed * 1000003 + self.layer) % 2**63, hidden.device)
+        hidden = hidden + self.self_attn(self.input_layernorm(hidden), tile)
+        output: Tensor = hidden + self.mlp(self.post_attention_layernorm(hidden))
+        return output
+
+
+class Embedding(nn.Module):
+    """Token ids (N,) to rows (N, D) of a frozen table (V, D)."""
+
+    def __init__(self, shape: LlamaShape) -> None:
+        super().__init__()
+        empty = torch.empty(shape.vocab_size, shape.hidden_size)
+        self.weight = nn.Parameter(empty, requires_grad=False)
+
+    def forward(self, token_ids: Tensor) -> Tensor:
+        return F.embedding(token_ids, self.weight)
+
+
+class Head(nn.Module):
+    """The frozen language-model head: hidden states to the loss, or to logits."""
+
+    def __init__(self, shape: LlamaShape, tied_weight: nn.Parameter | None) -> None:
+        super().__init__()
+        if tied_weight is None:
+            empty = torch.empty(shape.vocab_size, shape.hidden_size)
+            tied_weight = nn.Parameter(empty, requires_grad=False)
+        self.weight = tied_weight
+
+    def forward(self, hidden: Tensor, targets: Tensor, scale: float) -> Tensor:
+        """hidden: (N, D); targets: (N,) int64. Returns the summed loss times scale, fp32."""
+        return head_loss(hidden, self.weight, targets, scale)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden: (N, D). Returns (N, V) in the dtype of hidden."""
+        return F.linear(hidden, self.weight)
+
+
+class Decoder(nn.Module):
+    """Embedding, blocks and the final norm; holds the names under `model.` in the files."""
+
+    def __init__(self, shape: LlamaShape, recompute: bool) -> None:
+        super().__init__()
+        self.embed_tokens = Embedding(shape)
+        blocks = [Block(shape, layer, recompute) for layer in range(shape.num_layers)]
+        self.layers = nn.ModuleList(blocks)
+        self.norm = RMSNorm(shape.hidden_size, shape.rms_norm_eps)
+
+    def forward(self, token_ids: Tensor, tiles: Sequence[Tile]) -> Tensor:
+        """token_ids: (N,) int64. Returns the last block's output (N, D), before the norm."""
+        hidden: Tensor = self.embed_tokens(token_ids)
+        if torch.is_grad_enabled():
+            # The table is frozen, so nothing else would make the first block part of the graph.
+            hidden.requires_grad_()
+        for block in self.layers:
+            hidden = block(hidden, tiles)
+        return hidden
+
+
+class Llama(nn.Module):
+    """The whole model. Parameters are made empty, in the default dtype and device of torch."""
+
+    def __init__(self, shape: LlamaShape, recompute: bool = True) -> None:
+        super().__init__()
+        self.shape = shape
+        self.model = Decoder(shape, recompute)
+        tied_weight = self.model.embed_tokens.weight if shape.tied else None
+        self.lm_head = Head(shape, tied_weight)
+
+    def forward(
+        self, token_ids: Tensor, labels: Tensor, tiles: Sequence[Tile], scale: float
+    ) -> Tensor:
+        """Sum of the cross-entropy over labelled tokens, times `scale`.
+
+        token_ids, labels: (N,) int64; labels[i] is the target of position i, -100 for none.
+        Returns a scalar in fp32.
+        """
+        hidden = self.model(token_ids, tiles)
+        labelled = (labels >= 0).nonzero().squeeze(1)
+        hidden = self.model.norm(hidden[labelled])
+        loss: Tensor = self.lm_head(hidden, labels[labelled], scale)
+        return loss
+
+    def logits(self, token_ids: Tensor, tiles: Sequence[Tile]) -> Tensor:
+        """token_ids: (N,) int64. Returns (N, V): for tests and for answering, not for training."""
+        return self.lm_head.logits(self.model.norm(self.model(token_ids, tiles)))
+
+
+def document_tiles(
+    shape: LlamaShape,
+    lengths: Sequence[Sequence[int]],
+    seed: int,
+    device: torch.device | str,
+    dtype: torch.dtype,
+) -> list[DocumentTile]:
+    """Lay tiles of documents one after another.
+
+    lengths: of each document of each tile, in tokens; seed: of the dropout of the whole run.
+    Rotation tables are computed in fp32 and kept in dtype.
+    """
+    tiles, start = [], 0
+    for index, tile in enumerate(lengths):
+        total = sum(tile)
+        positions = torch.cat([torch.arange(length, device=device) for length in tile])
+        boundaries = torch.tensor([0, *tile], device=device).cumsum(0, dtype=torch.int32)
+        tiles.append(
+            DocumentTile(
+                rows=slice(start, start + total),
+                rotation=rotation(shape.rope, shape.head_dim, positions, dtype),
+                lengths=tuple(tile),
+                boundaries=boundaries,
+                seed=seed * 10007 + index,
+            )
+        )
+        start += total
+    return tiles

@@ -1,0 +1,111 @@
+"""LoRA by hand (Hu et al. 2021, arXiv 2106.09685): W x + scaling * B A x, W frozen."""
+
+# Shape letters: N tokens, R rank; `in` and `out` are a linear layer's features.
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minilora.config import RequestError
+from minilora.model.dropout import SeededDropout
+from minilora.model.llama import Block, Linear, Llama
+
+
+@dataclass(frozen=True)
+class LoraShape:
+    """What an adapter adds: rank R, scaling alpha / R, dropout in [0, 1), and to which layers."""
+
+    rank: int
+    alpha: float
+    dropout: float
+    targets: tuple[str, ...]
+
+    @property
+    def scaling(self) -> float:
+        return self.alpha / self.rank
+
+
+class LoraLinear(nn.Module):
+    """A linear layer that keeps its own frozen `weight` and gains lora_A (R, in), lora_B (out, R).
+
+    The base parameter's name does not change. Input (N, in), output (N, out), no fp32 copy of the
+    input is made.
+    """
+
+    def __init__(self, base: Linear, shape: LoraShape, seed: int, dropout: SeededDropout | None):
+        super().__init__()
+        self.weight, self.bias = base.weight, base.bias
+        self.scaling = shape.scaling
+        self.dropout = dropout
+        a = _kaiming_uniform(shape.rank, base.in_features, seed)
+        b = torch.zeros(base.out_features, shape.rank)
+        self.lora_A, self.lora_B = (
+            nn.Parameter(a.to(base.weight)),
+            nn.Parameter(b.to(base.weight)),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        output = F.linear(x, self.weight, self.bias)  # (N, out)
+        if self.dropout is not None and self.training:
+            x = self.dropout(x)
+        low = F.linear(x, self.lora_A)  # (N, R)
+        return torch.addmm(output, low, self.lora_B.T, alpha=self.scaling)
+
+
+def _kaiming_uniform(rank: int, in_features: int, seed: int) -> Tensor:
+    """Uniform in +-1/sqrt(in), which is torch's kaiming_uniform_ with a = sqrt(5) as in PEFT."""
+    bound = 1.0 / math.sqrt(in_features)
+    generator = torch.Generator().manual_seed(seed)
+    return torch.empty(rank, in_features).uniform_(-bound, bound, generator=generator)
+
+
+def resolve_targets(lora_target: str | Sequence[str], known: Sequence[str]) -> tuple[str, ...]:
+    """The linear layers that `lora_target` names, in the model's order; `all` is every one.
+
+    Raises RequestError for a name that matches nothing.
+    """
+    named = [lora_target] if isinstance(lora_target, str) else list(lora_target)
+    if "all" in named:
+        return tuple(known)
+    wrong = [name for name in named if name not in known]
+    if wrong or not named:
+        raise RequestError(
+            [f"lora_target: no layer is called {name}; known: {', '.join(known)}" for name in wrong]
+            or ["lora_target: names no layer; write `all` or a list"]
+        )
+    return tuple(name for name in known if name in named)
+
+
+def inject(model: Llama, shape: LoraShape, seed: int) -> None:
+    """Freeze the model and put a LoraLinear in place of every linear layer that is targeted.
+
+    Each lora_A depends on the seed and its layer's name alone: the same on every rank, whatever
+    the number of ranks. lora_B is zero, so the model computes what it did before.
+    """
+    model.requires_grad_(False)
+    for index, block in enumerate(model.model.layers):
+        assert isinstance(block, Block)
+        if shape.dropout:
+            block.dropout = SeededDropout(shape.dropout)
+        for parent in (block.self_attn, block.mlp):
+            for name, child in list(parent.named_children()):
+                if isinstance(child, Linear) and name in shape.targets:
+                    digest = hashlib.sha256(f"{seed} {index} {name}".encode()).digest()
+                    layer_seed = int.from_bytes(digest[:8], "little") >> 1
+                    setattr(
+                        parent,
+                        name,
+                        LoraLinear(child, shape, layer_seed, block.dropout),
+                    )
+
+
+def lora_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """The trained parameters by name, in the model's order."""
+    return ((name, p) for name, p in model.named_parameters() if p.requires_grad)

@@ -1,0 +1,77 @@
+"""Activation checkpointing by hand: keep a block's input, compute the rest again in backward."""
+
+# Shape letters: N tokens, D model.
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+class Rows(Protocol):
+    """A run of rows of the flat token axis."""
+
+    @property
+    def rows(self) -> slice: ...
+
+
+Tile = TypeVar("Tile", bound=Rows)
+
+
+def recompute(
+    body: Callable[[Tensor, Tile], Tensor],
+    hidden: Tensor,
+    tiles: Sequence[Tile],
+    parameters: Sequence[Tensor],
+) -> Tensor:
+    """Run `body` over each tile of `hidden`, saving nothing but `hidden` for backward.
+
+    hidden: (N, D); tiles: cover its rows in order; parameters: what of `body` is trained. Returns
+    (N, D). Each parameter's gradient is summed over the tiles in fp32 and returned once, so that
+    a hook on it (DeepSpeed's reduction) fires once per call however many tiles there are.
+    """
+    output: Tensor = _Recompute.apply(body, tiles, hidden, *parameters)  # type: ignore[no-untyped-call]
+    return output
+
+
+class _Recompute(torch.autograd.Function):
+    """One forward without a graph; in backward tile by tile a forward with one, and its gradients.
+
+    The trained parameters are inputs of the function for two reasons: autograd asks for gradients
+    only through inputs, and DeepSpeed's ZeRO-3 must see one AccumulateGrad per parameter.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, body: Any, tiles: Any, hidden: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.body, ctx.tiles, ctx.parameters = body, tiles, parameters
+        ctx.save_for_backward(hidden)
+        output = torch.empty_like(hidden)
+        for tile in tiles:
+            output[tile.rows] = body(hidden[tile.rows], tile)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        (hidden,) = ctx.saved_tensors
+        grad_hidden = torch.empty_like(hidden)
+        sums: list[Tensor] = []
+        for tile in ctx.tiles:
+            with torch.enable_grad():
+                tile_input = hidden[tile.rows].detach().requires_grad_()
+                tile_output = ctx.body(tile_input, tile)
+            inputs = (tile_input, *ctx.parameters)
+            grad_input, *grads = torch.autograd.grad(tile_output, inputs, grad_output[tile.rows])
+            grad_hidden[tile.rows] = grad_input
+            if not sums:
+                sums = [grad.float() for grad in grads]
+            else:
+                torch._foreach_add_(sums, [grad.float() for grad in grads])
+        trained = (
+            grad.to(parameter.dtype) for grad, parameter in zip(sums, ctx.parameters, strict=True)
+        )
+        return None, None, grad_hidden, *trained

@@ -1,0 +1,47 @@
+"""Rotary positions (Su et al. 2021, arXiv 2104.09864) with Llama 3.1's scaling."""
+
+# Shape letters: N tokens, E head dim.
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from minilora.model.shape import Rope
+
+
+def rotation(
+    rope: Rope, head_dim: int, positions: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """cos and sin of the rotary angles, (N, 1, E) in dtype, for positions (N,)."""
+    frequencies = rope_frequencies(rope, head_dim).to(positions.device)
+    angles = positions[:, None].float() * frequencies  # (N, E / 2)
+    angles = torch.cat((angles, angles), -1).unsqueeze(1)  # (N, 1, E), half-split as in HF files
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rope_frequencies(rope: Rope, head_dim: int) -> Tensor:
+    """Angle per position of each pair of dimensions, (E / 2,) fp32.
+
+    The scaling by wavelength is `apply_scaling` of llama-models, its constants from config.json.
+    """
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
+    frequencies = 1.0 / rope.theta**exponents
+    if rope.factor == 1.0:
+        return frequencies
+    wavelengths = 2 * math.pi / frequencies
+    # 0 where the wavelength is long (divide by the factor), 1 where it is short (leave alone).
+    blend = (rope.original_max_position / wavelengths - rope.low_freq_factor) / (
+        rope.high_freq_factor - rope.low_freq_factor
+    )
+    blend = blend.clamp(0, 1)
+    return (1 - blend) * frequencies / rope.factor + blend * frequencies
+
+
+def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+    """Turn each head of x (N, heads, E) by its position's angles."""
+    cos, sin = rotation
+    first, second = x.chunk(2, -1)
+    return x * cos + torch.cat((-second, first), -1) * sin
