@@ -203,7 +203,7 @@ def _read_numbers(handle: BinaryIO, stored: StoredTensor, piece: Piece) -> Tenso
     """The piece's elements, flat, in the dtype of the file."""
     numbers = torch.empty(piece.destination.numel(), dtype=stored.dtype)
     handle.seek(stored.start + piece.start * stored.dtype.itemsize)
-    buffer, done = memoryview(numbers.view(torch.uint8).numpy()), 0
+    buffer, done = numbers.view(torch.uint8).numpy().data, 0
     while done < len(buffer):
         count = handle.readinto(buffer[done:])  # type: ignore[attr-defined]
         if not count:

@@ -14,11 +14,7 @@ from torch import Tensor
 
 
 def causal_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    lengths: Sequence[int],
-    boundaries: Tensor,
+    query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int], boundaries: Tensor
 ) -> Tensor:
     """Attend within each document, never across one and never ahead.
 
@@ -28,23 +24,27 @@ def causal_attention(
     """
     if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
         return _varlen(query, key, value, boundaries, max(lengths))
-    if len(lengths) == 1:
-        return attend_document(query, key, value)
-    pieces = zip(query.split(lengths), key.split(lengths), value.split(lengths), strict=True)
-    return torch.cat([attend_document(*piece) for piece in pieces])
+    attended, start = [], 0
+    for length in lengths:
+        rows = slice(start, start + length)
+        attended.append(_attend_document(query[rows], key[rows], value[rows]))
+        start += length
+    return torch.cat(attended)
 
 
-def attend_document(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Causal attention within one document: query (N, H, E), key and value (N, K, E)."""
-    batch_first = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))  # (1, H, N, E)
-    attended = F.scaled_dot_product_attention(*batch_first, is_causal=True, enable_gqa=True)
+def _attend_document(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    attended = F.scaled_dot_product_attention(  # over (1, heads, N, E)
+        query.transpose(0, 1).unsqueeze(0),
+        key.transpose(0, 1).unsqueeze(0),
+        value.transpose(0, 1).unsqueeze(0),
+        is_causal=True,
+        enable_gqa=True,
+    )
     return attended.squeeze(0).transpose(0, 1)  # (N, H, E)
 
 
 def _varlen(query: Tensor, key: Tensor, value: Tensor, boundaries: Tensor, longest: int) -> Tensor:
-    from torch.nn.attention.varlen import (
-        varlen_attn,
-    )  # loads CUDA kernels, torch >= 2.10
+    from torch.nn.attention.varlen import varlen_attn  # needs CUDA kernels
 
     accepted = inspect.signature(varlen_attn).parameters
     # Causality is spelled is_causal in torch 2.10 and window_size=(-1, 0) from 2.11 on; grouped
@@ -56,10 +56,7 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, boundaries: Tensor, longe
         options["enable_gqa"] = True
     else:
         groups = query.shape[1] // key.shape[1]
-        key, value = (
-            key.repeat_interleave(groups, 1),
-            value.repeat_interleave(groups, 1),
-        )
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     attended = varlen_attn(query, key, value, boundaries, boundaries, longest, longest, **options)
     assert isinstance(attended, Tensor)  # a tuple only where more outputs are asked for
     return attended
