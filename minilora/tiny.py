@@ -1,0 +1,208 @@
+"""python -m minilora.tiny DIR: write a checkpoint in Llama 3.1's form, small enough for a CPU."""
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from minilora.config import RequestError
+from minilora.model.shape import LlamaShape
+from minilora.tiny_tokenizer import CHAT_TEMPLATE, SPECIAL_TOKENS, train_tokenizer
+
+MARK = "minilora-tiny"  # config.json's _name_or_path, by which write_tiny knows its own folders
+
+
+@dataclass(frozen=True)
+class TinyShape:
+    """What the checkpoint looks like; the default is the demo's.
+
+    vocab: tokens, special ones included. shard_bytes: most bytes of tensors in one file.
+    form: "hub" writes config.json as the hub has it, "transformers5" as transformers 5 does.
+    """
+
+    hidden: int = 128
+    intermediate: int = 256
+    layers: int = 4
+    heads: int = 4
+    kv_heads: int = 2
+    head_dim: int = 32
+    vocab: int = 512
+    dtype: str = "bfloat16"
+    tied: bool = False
+    seed: int = 0
+    shard_bytes: int = 400_000
+    form: str = "hub"
+
+
+def write_tiny(folder: Path | str, shape: TinyShape = TinyShape()) -> None:
+    """Write a checkpoint with random weights; the same shape gives the same bytes.
+
+    The weights are such that LoRA alone can learn a text by heart.
+    Raises RequestError if the folder holds anything but a checkpoint written by this function.
+    """
+    folder = Path(folder)
+    _make_room(folder)
+    tokenizer = train_tokenizer(shape.vocab)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    ids = {token.content: index for index, token in tokenizer.get_added_tokens_decoder().items()}
+    for name, content in _json_files(shape, ids).items():
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    _write_weights(folder, shape, LlamaShape.from_config(_config(shape, ids)).parameter_shapes())
+
+
+def _make_room(folder: Path) -> None:
+    """Create the folder, or empty it of the weights of an earlier tiny checkpoint."""
+    if folder.exists() and not folder.is_dir():
+        raise RequestError([f"{folder} is a file: name a folder that is new or empty"])
+    if folder.exists() and any(folder.iterdir()):
+        try:
+            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            config = None
+        if not isinstance(config, dict) or config.get("_name_or_path") != MARK:
+            raise RequestError([f"{folder} holds other files: name a new or empty folder"])
+        for old in folder.glob("model*.safetensors*"):
+            old.unlink()
+    folder.mkdir(parents=True, exist_ok=True)
+
+
+def _json_files(shape: TinyShape, ids: dict[str, int]) -> dict[str, Any]:
+    """Every JSON file but the tokenizer's and the index, by name."""
+    named = {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>"}
+    flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
+    return {
+        "config.json": _config(shape, ids),
+        "generation_config.json": {
+            "bos_token_id": ids["<|begin_of_text|>"],
+            "do_sample": True,
+            "eos_token_id": _stop_ids(ids),
+            "temperature": 0.6,
+            "top_p": 0.9,
+        },
+        "special_tokens_map.json": {
+            key: {"content": token, **flags} for key, token in named.items()
+        },
+        "tokenizer_config.json": {
+            "added_tokens_decoder": {
+                str(index): {"content": token, **flags, "special": True}
+                for token, index in ids.items()
+            },
+            **named,
+            "chat_template": CHAT_TEMPLATE,
+            "clean_up_tokenization_spaces": True,
+            "model_input_names": ["input_ids", "attention_mask"],
+            "model_max_length": 131072,
+            "tokenizer_class": "PreTrainedTokenizerFast",
+        },
+    }
+
+
+def _stop_ids(ids: dict[str, int]) -> list[int]:
+    return [ids[name] for name in ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")]
+
+
+def _config(shape: TinyShape, ids: dict[str, int]) -> dict[str, Any]:
+    """config.json; everything but the sizes is Llama-3.1-8B-Instruct's."""
+    scaling = {
+        "factor": 8.0,
+        "high_freq_factor": 4.0,
+        "low_freq_factor": 1.0,
+        "original_max_position_embeddings": 8192,
+        "rope_type": "llama3",
+    }
+    config = {
+        "_name_or_path": MARK,
+        "architectures": ["LlamaForCausalLM"],
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "bos_token_id": ids["<|begin_of_text|>"],
+        "eos_token_id": _stop_ids(ids),
+        "head_dim": shape.head_dim,
+        "hidden_act": "silu",
+        "hidden_size": shape.hidden,
+        "initializer_range": 0.02,
+        "intermediate_size": shape.intermediate,
+        "max_position_embeddings": 131072,
+        "mlp_bias": False,
+        "model_type": "llama",
+        "num_attention_heads": shape.heads,
+        "num_hidden_layers": shape.layers,
+        "num_key_value_heads": shape.kv_heads,
+        "pretraining_tp": 1,
+        "rms_norm_eps": 1e-05,
+        "tie_word_embeddings": shape.tied,
+        "use_cache": True,
+        "vocab_size": shape.vocab,
+    }
+    rope: dict[str, Any]
+    if shape.form == "transformers5":
+        rope = {"rope_parameters": {**scaling, "rope_theta": 500000.0}, "dtype": shape.dtype}
+    else:
+        assert shape.form == "hub", shape.form
+        rope = {"rope_scaling": scaling, "rope_theta": 500000.0, "torch_dtype": shape.dtype}
+    return {**config, **rope}
+
+
+def _write_weights(folder: Path, shape: TinyShape, sizes: dict[str, tuple[int, ...]]) -> None:
+    """Random tensors in shards of at most shard_bytes, with the hub's names and index."""
+    generator = torch.Generator().manual_seed(shape.seed)
+    shards: list[dict[str, torch.Tensor]] = [{}]
+    room = shape.shard_bytes
+    for name, size in sizes.items():
+        is_head = name == ("model.embed_tokens.weight" if shape.tied else "lm_head.weight")
+        tensor = _random(name, size, is_head, generator).to(getattr(torch, shape.dtype))
+        if tensor.nbytes > room and shards[-1]:
+            shards.append({})
+            room = shape.shard_bytes
+        shards[-1][name] = tensor
+        room -= tensor.nbytes
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(shards, 1):
+        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        file = file if len(shards) > 1 else "model.safetensors"
+        save_file(shard, folder / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(shard, file)
+    if len(shards) > 1:
+        total = sum(tensor.nbytes for shard in shards for tensor in shard.values())
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        text = json.dumps(index, indent=2) + "\n"
+        (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+
+
+def _random(
+    name: str, size: tuple[int, ...], is_head: bool, generator: torch.Generator
+) -> torch.Tensor:
+    """fp32, uniform: unlike a normal draw that is the same to the last bit on every processor."""
+    centred = (torch.rand(size, generator=generator) - 0.5) * math.sqrt(12.0)  # std 1
+    if name.endswith("norm.weight"):
+        return 1.0 + 0.1 * centred
+    if is_head:
+        # The final norm hands on rows of length sqrt(hidden), so no logit exceeds about
+        # 1.6 * sqrt(hidden) whatever LoRA learns: enough for confident answers.
+        return centred * 1.6 / math.sqrt(size[1])
+    return centred if name == "model.embed_tokens.weight" else centred / math.sqrt(size[1])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write the demo's checkpoint; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m minilora.tiny", description=__doc__)
+    parser.add_argument("folder", metavar="DIR", type=Path, help="where to write it")
+    folder = parser.parse_args(argv).folder
+    try:
+        write_tiny(folder)
+    except RequestError as error:
+        print("\n".join(error.problems), file=sys.stderr)
+        return 2
+    print(f"tiny checkpoint: {folder}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,110 @@
+"""Shared by all tests: the environment, tiny checkpoints, a seed, and real processes."""
+
+import os
+
+# Before torch is imported anywhere: one thread per process, the CPU as DeepSpeed's device, and no
+# AMX, which some virtual machines announce and then kill the process for.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from minilora.tiny import TinyShape, write_tiny
+
+SMALL = TinyShape(
+    hidden=32, intermediate=64, layers=2, head_dim=8, dtype="float32", shard_bytes=60_000
+)
+
+Launch = Callable[..., tuple[int, str]]
+
+
+@pytest.fixture(autouse=True)
+def seed() -> int:
+    """Seeds torch before every test; the value is there for those who seed more."""
+    torch.manual_seed(1234)
+    return 1234
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of 2 layers, hidden 32, 4 heads, 2 kv heads, fp32, in several shards."""
+    folder = tmp_path_factory.mktemp("tiny")
+    write_tiny(folder, SMALL)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_tied(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with the head tied to the embeddings, as in Llama 3.2."""
+    folder = tmp_path_factory.mktemp("tiny_tied")
+    write_tiny(folder, TinyShape(**{**vars(SMALL), "tied": True}))
+    return folder
+
+
+def free_port() -> int:
+    """A TCP port that nobody listened on a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture
+def launch() -> Launch:
+    """Run real processes: launch(world_size, arguments, with_=..., timeout=..., env=...)."""
+
+    def run(
+        world_size: int,
+        arguments: Sequence[str | Path],
+        *,
+        with_: str = "torchrun",
+        timeout: float = 120,
+        env: dict[str, str] | None = None,
+    ) -> tuple[int, str]:
+        """Start `arguments` (a script and its arguments, or -m and a module) on world_size ranks.
+
+        with_: torchrun, deepspeed (its launcher) or python (one process without a launcher).
+        Returns the exit code and stdout with stderr; fails the test after `timeout` seconds.
+        """
+        command = _command(with_, world_size, [str(part) for part in arguments])
+        process = subprocess.Popen(
+            command,
+            env={**os.environ, **(env or {})},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        try:
+            output, _ = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            output, _ = process.communicate()
+            pytest.fail(f"still running after {timeout} s: {' '.join(command)}\n{output}")
+        return process.returncode, output
+
+    return run
+
+
+def _command(launcher: str, world_size: int, arguments: list[str]) -> list[str]:
+    if launcher == "python":
+        assert world_size == 1, "python starts one process"
+        return [sys.executable, *arguments]
+    port = free_port()
+    if launcher == "deepspeed":
+        if arguments[0] == "-m":
+            arguments = ["--module", *arguments[1:]]
+        runner = [sys.executable, "-m", "deepspeed.launcher.runner"]
+        return [*runner, f"--num_gpus={world_size}", f"--master_port={port}", *arguments]
+    assert launcher == "torchrun", launcher
+    runner = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={world_size}"]
+    return [*runner, f"--master-port={port}", *arguments]
