@@ -1,5 +1,6 @@
 """How one setting is declared and checked: type, allowed values and limits."""
 
+import math
 import operator
 import sys
 import types
@@ -8,25 +9,23 @@ from collections.abc import Callable, Mapping
 from dataclasses import Field, field
 from typing import Any
 
-LIMITS: Mapping[str, tuple[Callable[[Any, Any], bool], str]] = types.MappingProxyType(
-    {
-        "above": (operator.gt, "above"),
-        "at_least": (operator.ge, "at least"),
-        "below": (operator.lt, "below"),
-        "at_most": (operator.le, "at most"),
-    }
-)
-KINDS: Mapping[type, str] = types.MappingProxyType(
-    {
-        bool: "true or false",
-        int: "a whole number",
-        float: "a number",
-        str: "text",
-        tuple: "a list of names",
-    }
-)
+LIMITS: Mapping[str, tuple[Callable[[Any, Any], bool], str]] = {
+    "above": (operator.gt, "above"),
+    "at_least": (operator.ge, "at least"),
+    "below": (operator.lt, "below"),
+    "at_most": (operator.le, "at most"),
+}
+KINDS: Mapping[type, str] = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    tuple: "a list of names",
+}
 # Nothing here is counted past 1e12; a float may be anything but nan and infinity.
-LARGEST: Mapping[type, float] = types.MappingProxyType({int: 10**12, float: sys.float_info.max})
+LARGEST: Mapping[type, float] = {int: 10**12, float: sys.float_info.max}
+TRUE = ("true", "yes", "on", "1")
+FALSE = ("false", "no", "off", "0")
 
 
 def setting(default: Any, text: str, *, choices: tuple[str, ...] = (), **limits: float) -> Any:
@@ -40,6 +39,42 @@ def kind_of(item: "Field[Any]") -> tuple[type, bool]:
     parts = typing.get_args(item.type) if isinstance(item.type, types.UnionType) else (item.type,)
     inner = next(part for part in parts if part is not types.NoneType)
     return typing.get_origin(inner) or inner, types.NoneType in parts
+
+
+def typed(item: "Field[Any]", raw: object) -> Any:
+    """Turn a value as it was written (text, or a list of texts) into the declared type.
+
+    Raises ValueError saying what the text is not.
+    """
+    kind = kind_of(item)[0]
+    if kind is tuple:
+        # LLaMA-Factory takes "a,b", a YAML list, and "[a,b]" on the command line.
+        parts = raw.strip("[]").split(",") if isinstance(raw, str) else raw
+        if isinstance(parts, list) and all(isinstance(part, str) for part in parts):
+            names = tuple(part.strip(" '\"") for part in parts)
+            if any(names):
+                return tuple(name for name in names if name)
+    elif isinstance(raw, str):
+        text = raw.strip().lower()
+        if kind is str:
+            return raw
+        if kind is bool and text in TRUE + FALSE:
+            return text in TRUE
+        if kind in (int, float):
+            try:
+                return int(text) if kind is int else float(text)
+            except ValueError:
+                # "10.0" and "1e5" are whole numbers too.
+                if kind is int and (number := _float(text)).is_integer():
+                    return int(number)
+    raise ValueError(f"{raw!r} is not {KINDS[kind]}")
+
+
+def _float(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
 
 
 def value_problems(item: "Field[Any]", value: Any, name: str) -> list[str]:

@@ -1,0 +1,206 @@
+"""From a command line and its YAML or JSON file to checked settings.
+
+LLaMA-Factory's ways of writing them all work: `--key value`, `--key=value`, `--flag`, `key=value`.
+"""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from minilora.config import (
+    DataSettings,
+    MethodSettings,
+    ModelSettings,
+    RequestError,
+    Settings,
+    TrainSettings,
+    all_settings,
+)
+from minilora.fields import FALSE, TRUE, kind_of, typed
+from minilora.known_keys import (
+    IGNORED,
+    IGNORED_PREFIXES,
+    NOT_YET,
+    OFF,
+    REFUSED,
+    asks_for_nothing,
+)
+from minilora.settings_file import NULL, Given, Raw, read_file
+
+REQUIRED: Mapping[str, tuple[str, ...]] = {
+    "train": ("model_name_or_path", "dataset", "output_dir"),
+    "plan": ("model_name_or_path",),
+}
+COMMAND_LINE = "command line"
+
+
+def read_settings(argv: Sequence[str], command: str) -> Settings:
+    """Read the settings of `python -m minilora.<command>` from its arguments and their file.
+
+    `--help` prints every key and raises SystemExit(0).
+    Raises RequestError with every problem of the file and the command line together.
+    """
+    if "--help" in argv or "-h" in argv:
+        print(help_text(command))
+        raise SystemExit(0)
+    path, overrides, problems = parse_command_line(argv)
+    given: dict[str, Given] = {}
+    readable = True
+    if path is not None:
+        try:
+            given, repeated = read_file(path)
+            problems += repeated
+        except RequestError as error:
+            problems += error.problems
+            readable = False
+    given |= overrides
+    given.pop("local_rank", None)
+    settings, more = _settings_of(given)
+    problems += more
+    if readable:
+        problems += [
+            f"{key} is missing: give it in the file or as --{key} VALUE"
+            for key in REQUIRED[command]
+            if key not in given or given[key].raw is None
+        ]
+    if problems:
+        raise RequestError(problems)
+    return settings
+
+
+def parse_command_line(argv: Sequence[str]) -> tuple[str | None, dict[str, Given], list[str]]:
+    """Split arguments into the settings file, the keys given (the last one wins) and problems."""
+    kinds = {item.name: kind_of(item)[0] for _, item in all_settings()}
+    path, given, problems = None, {}, []
+    words = list(argv)
+    while words:
+        word = words.pop(0)
+        option = word.startswith("--") and word != "--"
+        key, equals, value = word.removeprefix("--").partition("=")
+        if option:
+            key = key.replace("-", "_")
+        raw: Raw = value
+        if option and not equals:
+            raw = _value_after(words, kinds.get(key))
+            if raw is None:
+                problems.append(f"--{key} ({COMMAND_LINE}): a value is missing: --{key} VALUE")
+                continue
+        elif not option and not (equals and key.isidentifier()):
+            if path is None and not word.startswith("-"):
+                path = word
+            else:
+                problems.append(
+                    f"{word!r} ({COMMAND_LINE}) is not understood: write --key value, "
+                    "after at most one settings file"
+                )
+            continue
+        given[key] = Given(None if raw in NULL[1:] else raw, COMMAND_LINE)
+    return path, given, problems
+
+
+def _value_after(words: list[str], kind: type | None) -> str | None:
+    """Take the value of `--key` off the words that follow it; a flag without one is true."""
+    following = words[0] if words else "--"
+    if kind is bool:
+        takes = following.lower() in (*TRUE, *FALSE, *NULL)
+    else:
+        takes = not following.startswith("--")
+    if takes:
+        return words.pop(0)
+    return "true" if kind in (bool, None) else None
+
+
+def _settings_of(given: dict[str, Given]) -> tuple[Settings, list[str]]:
+    """Type and check the given values; where there are problems the settings mean nothing."""
+    fields = {item.name: item for _, item in all_settings()}
+    given = dict(given)
+    problems, notices = _sort_out(given, fields)
+    neat = given.pop("neat_packing", None)
+    if neat and not asks_for_nothing(neat.raw, OFF):
+        given["packing"] = Given("true", neat.origin)
+        notices.append("neat_packing means packing: packed documents never see each other here")
+    values: dict[str, Any] = {}
+    for key, item in fields.items():
+        if key in given and given[key].raw is not None:
+            try:
+                values[key] = typed(item, given[key].raw)
+            except ValueError as error:
+                problems.append(f"{key} ({given[key].origin}): {error}")
+    schedule = values.get("lr_scheduler_type")
+    if schedule == "constant" and (values.get("warmup_steps") or values.get("warmup_ratio")):
+        notices.append("lr_scheduler_type constant has no warm-up; see constant_with_warmup")
+    origins = {key: given[key].origin for key in values}
+    try:
+        return _build(values, tuple(notices), origins), problems
+    except RequestError as error:
+        return Settings(), problems + list(error.problems)
+
+
+def _sort_out(given: dict[str, Given], fields: Mapping[str, object]) -> tuple[list[str], list[str]]:
+    """Remove the keys that are no settings; return the problems and the notices they cause."""
+    problems, ignored = [], []
+    known = [*fields, "neat_packing", *NOT_YET, *REFUSED, *IGNORED]
+    for key in [key for key in given if key not in fields and key != "neat_packing"]:
+        value = given.pop(key)
+        name = f"{key} ({value.origin})"
+        if key in NOT_YET:
+            if not asks_for_nothing(value.raw, OFF):
+                problems.append(
+                    f"{name}: {value.raw!r} asks for {NOT_YET[key]}, "
+                    "which this version does not do yet; remove the key"
+                )
+        elif key in REFUSED:
+            harmless, remedy = REFUSED[key]
+            if not asks_for_nothing(value.raw, harmless):
+                problems.append(f"{name}: {value.raw!r} is not supported: {remedy}")
+        elif key in IGNORED or key.startswith(IGNORED_PREFIXES):
+            ignored.append(key)
+        else:
+            close = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {close[0]}?" if close else "--help lists every key"
+            problems.append(f"{name} is not a known key: {hint}")
+    notices = [f"ignored, they mean nothing here: {', '.join(sorted(ignored))}"] if ignored else []
+    return problems, notices
+
+
+def _build(
+    values: Mapping[str, Any], notices: tuple[str, ...], origins: Mapping[str, str]
+) -> Settings:
+    parts: dict[str, dict[str, Any]] = {"model": {}, "method": {}, "data": {}, "train": {}}
+    for group, item in all_settings():
+        if item.name in values:
+            parts[group][item.name] = values[item.name]
+    return Settings(
+        ModelSettings(**parts["model"]),
+        MethodSettings(**parts["method"]),
+        DataSettings(**parts["data"]),
+        TrainSettings(**parts["train"]),
+        notices,
+        origins,
+    )
+
+
+def help_text(command: str) -> str:
+    """Every key of a command with its meaning, choices and default, one line each."""
+    lines = [
+        f"usage: python -m minilora.{command} [CONFIG.yaml | CONFIG.json] [--key value ...]",
+        "CONFIG holds the same keys, one `key: value` per line; --key value overrides it.",
+    ]
+    heading = ""
+    for group, item in all_settings():
+        if group != heading:
+            lines += ["", f"{group}:"]
+            heading = group
+        line = f"  --{item.name:<28} {item.metadata['help']}"
+        if item.metadata["choices"]:
+            line += f" One of {', '.join(item.metadata['choices'])}."
+        if item.default not in (None, ()):
+            line += f" [{_shown(item.default)}]"
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, tuple):
+        return ",".join(value)
+    return str(value).lower() if isinstance(value, bool) else str(value)
