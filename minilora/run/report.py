@@ -6,7 +6,6 @@ The files have LLaMA-Factory's names and keys. Only the time fields depend on th
 import dataclasses
 import datetime
 import json
-import math
 import os
 import sys
 import time
@@ -217,12 +216,13 @@ def _clock(seconds: float) -> str:
 
 
 def smooth(values: list[float]) -> list[float]:
-    """A moving average that gets slower the longer the run (LLaMA-Factory extras/ploting.py)."""
-    keep = 1.8 * (1 / (1 + math.exp(-0.05 * len(values))) - 0.5)
-    smoothed: list[float] = []
-    for value in values:
-        last = smoothed[-1] if smoothed else value
-        smoothed.append(keep * last + (1 - keep) * value)
+    """A moving average over a twentieth of the run, centred, so that it does not lag behind."""
+    widest, last = len(values) // 40 + 1, len(values) - 1
+    smoothed = []
+    for place in range(len(values)):
+        reach = min(widest, place, last - place)
+        window = values[place - reach : place + reach + 1]
+        smoothed.append(sum(window) / len(window))
     return smoothed
 
 
@@ -242,7 +242,7 @@ def draw_loss(folder: Path) -> bool:
     axes.plot(steps, smooth(losses), color="#08519c", linewidth=2, label="smoothed")
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("loss per labelled token")
-    axes.set_title(f"Training loss of {folder.resolve().name}")
+    axes.set_title(f"Training loss: {folder.resolve().name}")
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
