@@ -58,7 +58,7 @@ class Documents:
         return np.asarray(running[self.offsets[1:]] - running[self.offsets[:-1]] - first)
 
     def fingerprint(self) -> str:
-        """A digest of every token, mask and boundary, so a resumed run sees whether data changed."""
+        """A digest of every token, mask and boundary: a resumed run sees whether data changed."""
         digest = hashlib.sha256()
         for array, dtype in ((self.tokens, "<i4"), (self.trained, "?"), (self.offsets, "<i8")):
             digest.update(np.ascontiguousarray(array, dtype=dtype).data)

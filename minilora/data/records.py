@@ -1,0 +1,160 @@
+"""The conversations of all datasets, and a tally of the rows that could not be used."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from minilora.config import DataSettings, RequestError
+from minilora.data.conversations import BadRow, Conversation, Turn, to_turns
+from minilora.data.sources import (
+    OPENAI_TAGS,
+    OPTIONAL_COLUMNS,
+    REQUIRED_COLUMNS,
+    SHAREGPT_TAGS,
+    Row,
+    Source,
+    find_sources,
+    read_rows,
+)
+
+__all__ = ["Conversation", "Tally", "Turn", "read_conversations"]
+
+# So few bad rows are reported and left out; more than this and more than 1 % stop the run.
+TOLERATED_ROWS = 5
+TOLERATED_SHARE = 0.01
+PLACES_SHOWN = 3
+
+
+@dataclass(frozen=True)
+class Tally:
+    """How many rows are used, and for each reason to drop rows, the places of those rows."""
+
+    kept: int
+    dropped: Mapping[str, tuple[str, ...]]
+
+    def then(self, later: "Tally") -> "Tally":
+        """This tally and that of a later stage, which got the rows kept here."""
+        reasons = list(dict.fromkeys([*self.dropped, *later.dropped]))
+        places = {
+            reason: self.dropped.get(reason, ()) + later.dropped.get(reason, ())
+            for reason in reasons
+        }
+        return Tally(later.kept, places)
+
+    def summary(self) -> str:
+        """One line: rows used, rows dropped, and why, with the first places."""
+        count = sum(map(len, self.dropped.values()))
+        return f"{self.kept} rows used, {count} dropped" + "".join(
+            f"; {len(places)}: {reason} ({', '.join(places[:PLACES_SHOWN])}"
+            f"{', ...' if len(places) > PLACES_SHOWN else ''})"
+            for reason, places in self.dropped.items()
+        )
+
+    def check(self) -> None:
+        """Raise RequestError if no row is left, or more than 1 % (and more than five) are bad."""
+        bad = sum(map(len, self.dropped.values()))
+        limit = max(TOLERATED_ROWS, TOLERATED_SHARE * (self.kept + bad))
+        if self.kept == 0:
+            raise RequestError([f"no usable rows: {self.summary()}"])
+        if bad > limit:
+            raise RequestError([f"too many unusable rows (over 1 %): {self.summary()}"])
+
+
+def read_conversations(
+    names: Sequence[str], data: DataSettings, stage: str
+) -> tuple[list[Conversation], Tally]:
+    """All conversations of the named datasets, in order; for stage pt each is one `text` turn.
+
+    Raises RequestError with every missing, broken or unsuitable file, or if too many rows are bad.
+    """
+    conversations: list[Conversation] = []
+    dropped: dict[str, list[str]] = {}
+    problems: list[str] = []
+    for source in find_sources(tuple(names), Path(data.dataset_dir)):
+        try:
+            rows = _select(read_rows(source.path), source.num_samples, data.max_samples)
+            convert = _converter(source, rows, stage)
+        except RequestError as error:
+            problems += error.problems
+            continue
+        for row in rows:
+            try:
+                conversations.append(Conversation(convert(row.value), row.place))
+            except BadRow as error:
+                dropped.setdefault(str(error), []).append(row.place)
+    if problems:
+        raise RequestError(problems)
+    tally = Tally(len(conversations), {reason: tuple(at) for reason, at in dropped.items()})
+    tally.check()
+    return conversations, tally
+
+
+def _select(rows: list[Row], num_samples: int | None, max_samples: int | None) -> list[Row]:
+    """num_samples rows in a fixed random order, repeated if there are fewer; of those the first."""
+    if num_samples is not None and rows:
+        order = np.argsort(np.random.Philox(0).random_raw(len(rows)), kind="stable")
+        rows = [rows[index] for index in np.resize(order, num_samples)]
+    return rows[:max_samples]
+
+
+def _converter(source: Source, rows: list[Row], stage: str) -> Callable[[Any], tuple[Turn, ...]]:
+    """The function from a row's value to turns, after a check that the file has its columns."""
+    found = set(chain.from_iterable(row.value for row in rows if isinstance(row.value, dict)))
+    formatting = _formatting(source, found, stage)
+    tags = (OPENAI_TAGS if formatting == "openai" else SHAREGPT_TAGS) | dict(source.tags)
+    return partial(
+        to_turns, formatting=formatting, columns=_columns(source, formatting, found), tags=tags
+    )
+
+
+def _formatting(source: Source, found: set[str], stage: str) -> str:
+    """The formatting of a source; for a bare file by the columns it has."""
+    if stage == "pt":
+        return "text"
+    if source.path.suffix == ".txt":
+        raise RequestError([f"{source.path}: plain text has no answers; it is for stage: pt"])
+    if source.formatting is not None:
+        return source.formatting
+    for formatting, required in REQUIRED_COLUMNS.items():
+        if formatting != "text" and found.issuperset(required.values()):
+            return formatting
+    hint = "; text alone is for stage: pt" if "text" in found else ""
+    raise RequestError(
+        [
+            f"{source.path}: has the columns {_listed(found)}; expected messages, or conversations,"
+            f" or instruction and output, or an entry in dataset_info.json{hint}"
+        ]
+    )
+
+
+def _columns(source: Source, formatting: str, found: set[str]) -> dict[str, str]:
+    """The file's name of every column that is read.
+
+    As in LLaMA-Factory an entry of dataset_info.json reads only the optional columns it names, or
+    `input` if it names no columns at all; a bare file is read for all of them.
+    """
+    wanted = source.columns
+    if formatting == "text":
+        wanted = {key: name for key, name in wanted.items() if key == "prompt"}
+    columns = {**REQUIRED_COLUMNS[formatting], **wanted}
+    missing = {name for name in columns.values() if name not in found}
+    if missing:
+        raise RequestError(
+            [
+                f"{source.path}: no column {_listed(missing)} among {_listed(found)}; say under"
+                " columns in dataset_info.json what they are called"
+            ]
+        )
+    if not source.columns:
+        optional = {"query": "input"} if source.formatting else OPTIONAL_COLUMNS
+        columns |= {key: name for key, name in optional.items() if name in found}
+    return columns
+
+
+def _listed(names: set[str]) -> str:
+    return ", ".join(sorted(names)) or "none"
