@@ -61,9 +61,10 @@ class LoraLinear(nn.Module):
 
 def _kaiming_uniform(rank: int, in_features: int, seed: int) -> Tensor:
     """Uniform in +-1/sqrt(in), which is torch's kaiming_uniform_ with a = sqrt(5) as in PEFT."""
-    bound = 1.0 / math.sqrt(in_features)
     generator = torch.Generator().manual_seed(seed)
-    return torch.empty(rank, in_features).uniform_(-bound, bound, generator=generator)
+    # torch.rand, because DeepSpeed's zero.Init turns the output of torch.empty into bf16.
+    unit = torch.rand(rank, in_features, generator=generator, device="cpu", dtype=torch.float32)
+    return (2 * unit - 1) / math.sqrt(in_features)
 
 
 def resolve_targets(lora_target: str | Sequence[str], known: Sequence[str]) -> tuple[str, ...]:

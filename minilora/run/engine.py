@@ -1,0 +1,213 @@
+"""All that DeepSpeed does for the run: processes, partitions, gradients, the optimizer step."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import socket
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from minilora.config import RunError, TrainSettings
+from minilora.data.batches import Span
+from minilora.files.weights import Checkpoint, Piece, read_pieces
+from minilora.model.llama import Block, Llama, document_tiles
+from minilora.model.lora import LoraShape, inject, lora_parameters
+from minilora.run.ds_config import zero_stage
+
+
+class World:
+    """The processes of the run. Made first, closed last."""
+
+    def __init__(self, train: TrainSettings) -> None:
+        if "RANK" not in os.environ:  # started without a launcher: a world of one
+            alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+            os.environ.update(alone, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
+        if not train.verbose_deepspeed:
+            logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+            # DeepSpeed calls torch's collectives by names that torch is about to change.
+            warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+        on_gpu = torch.cuda.is_available()
+        self.local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        self.device = torch.device("cuda", self.local_rank) if on_gpu else torch.device("cpu")
+        self.dtype = torch.bfloat16 if wants_bf16(train) else torch.float32
+        if on_gpu:
+            torch.cuda.set_device(self.device)
+        else:
+            # Compiling this op takes 30 s and a compiler, and training never calls it.
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        patience = timedelta(seconds=train.ddp_timeout)
+        deepspeed.init_distributed(
+            "nccl" if on_gpu else "gloo", timeout=patience, verbose=train.verbose_deepspeed
+        )
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        # Host-side messages; waiting here may take as long as one process tokenises or writes.
+        self.host_group = dist.new_group(backend="gloo", timeout=timedelta(days=7))
+
+    def gather_objects(self, mine: object) -> list[Any]:
+        """What every rank passed in, by rank. Collective."""
+        gathered: list[Any] = [None] * self.size
+        dist.all_gather_object(gathered, mine, group=self.host_group)
+        return gathered
+
+    def gather_numbers(self, mine: Sequence[float]) -> list[list[float]]:
+        """The numbers of every rank, by rank. Collective; a handful of bytes."""
+        row = torch.tensor(mine, dtype=torch.float64, device=self.device)
+        rows = [torch.empty_like(row) for _ in range(self.size)]
+        dist.all_gather(rows, row)
+        return [numbers.tolist() for numbers in rows]
+
+    def close(self) -> None:
+        dist.destroy_process_group()
+
+
+def wants_bf16(train: TrainSettings) -> bool:
+    """The bf16 setting, or its default: on a GPU yes, on a CPU no."""
+    return torch.cuda.is_available() if train.bf16 is None else train.bf16
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the engine builds: which weights, which adapter, how partitioned.
+
+    adapter: parameter name to tensor, to continue from; empty for a new one.
+    """
+
+    checkpoint: Checkpoint
+    lora: LoraShape
+    adapter: Mapping[str, Tensor]
+    train: TrainSettings
+    ds_config: dict[str, Any]
+    recompute: bool
+
+
+class Engine:
+    """A Llama with LoRA in DeepSpeed's hands."""
+
+    def __init__(self, world: World, plan: Plan) -> None:
+        self.world, self.shape = world, plan.checkpoint.shape
+        self.stage = zero_stage(plan.ds_config)
+        self.model = self._build(plan)
+        self.bytes_read = read_pieces(plan.checkpoint, self._pieces())
+        for name, parameter in lora_parameters(self.model):
+            if name in plan.adapter:
+                start, kept = self._partition(parameter)
+                kept.copy_(plan.adapter[name].view(-1)[start : start + len(kept)])
+        if self.stage == 3:
+            deepspeed.utils.set_z3_leaf_modules(self.model, [Block])
+        train = plan.train
+        self.adam = torch.optim.AdamW(
+            [parameter for _, parameter in lora_parameters(self.model)],
+            lr=train.learning_rate,
+            betas=(train.adam_beta1, train.adam_beta2),
+            eps=train.adam_epsilon,
+            weight_decay=train.weight_decay,
+        )
+        self.adam.register_step_pre_hook(lambda *_: self._check_norm())
+        self.engine, *_ = deepspeed.initialize(
+            model=self.model, optimizer=self.adam, config=plan.ds_config, dist_init_required=False
+        )
+        self.engine.train()
+        self.grad_norm = 0.0
+
+    def forward_backward(self, span: Span, scale: float, last: bool) -> Tensor:
+        """One DeepSpeed micro-step: loss of the span times `scale`, its gradients accumulated.
+
+        last: whether the optimizer step follows. Returns a scalar in fp32 on the device.
+        """
+        device = self.world.device
+        tiles = document_tiles(self.shape, span.tiles, span.seed, device, self.world.dtype)
+        self.engine.set_gradient_accumulation_boundary(last)
+        token_ids, labels = span.token_ids.to(device), span.labels.to(device)
+        loss: Tensor = self.engine(token_ids, labels, tiles, scale)
+        self.engine.backward(loss)
+        return loss.detach()
+
+    def step(self, rate: float) -> float:
+        """Clip, AdamW at this learning rate, and clear. Returns the norm before clipping.
+
+        Raises RunError, on every rank and with the weights untouched, if it is not finite.
+        """
+        for group in self.adam.param_groups:
+            group["lr"] = rate
+        if self.engine.optimizer is self.adam:  # stage 0 in fp32: DeepSpeed keeps no norm
+            grads = [p.grad for _, p in lora_parameters(self.model) if p.grad is not None]
+            self.grad_norm = float(nn.utils.get_total_norm(grads))
+            self._check_norm()
+            self.engine.step()
+        else:
+            self.engine.step()
+            self._check_norm()
+        return self.grad_norm
+
+    def trained_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Name and fp32 master copy, on the CPU, of each trained parameter. Collective."""
+        for name, parameter in lora_parameters(self.model):
+            full = deepspeed.utils.safe_get_full_fp32_param(parameter)
+            yield name, (parameter if full is None else full).detach().float().cpu().clone()
+
+    def _check_norm(self) -> None:
+        """DeepSpeed has the global norm, the same on all ranks, before it updates anything."""
+        if self.engine.optimizer is not self.adam:
+            self.grad_norm = float(self.engine.optimizer._global_grad_norm)
+        if not math.isfinite(self.grad_norm):
+            raise RunError(f"the gradient's norm is {self.grad_norm}")
+
+    def _build(self, plan: Plan) -> Llama:
+        """The model with empty weights: partitioned as it is made at stage 3, whole otherwise."""
+        default = torch.get_default_dtype()
+        torch.set_default_dtype(self.world.dtype)
+        try:
+            with self._placement(plan.ds_config):
+                model = Llama(self.shape, plan.recompute)
+                inject(model, plan.lora, plan.train.seed)
+        finally:
+            torch.set_default_dtype(default)
+        return model
+
+    def _placement(self, ds_config: dict[str, Any]) -> AbstractContextManager[Any]:
+        if self.stage < 3:
+            return torch.device(self.world.device)
+        # The dtype comes from the file's bf16 section: on a CPU zero.Init misreads the argument.
+        return _Partitioned(config_dict_or_path=ds_config, mem_efficient_linear=False)
+
+    def _pieces(self) -> Iterator[Piece]:
+        """What this rank reads: its partition of each base weight, or the whole of it."""
+        for name, parameter in self.model.named_parameters():
+            if not parameter.requires_grad:
+                start, kept = self._partition(parameter)
+                if len(kept):
+                    yield Piece(name, start, kept)
+
+    def _partition(self, parameter: nn.Parameter) -> tuple[int, Tensor]:
+        """What this rank keeps of a parameter: the first element's place, and the elements."""
+        if self.stage < 3:
+            return 0, parameter.data.view(-1)
+        size = parameter.ds_tensor.ds_numel  # of all partitions; the last ones are padded
+        start = self.world.rank * size
+        count = max(0, min(size, parameter.ds_numel - start))
+        return start, parameter.ds_tensor.data[:count]
+
+
+class _Partitioned(deepspeed.zero.Init):
+    """zero.Init without the broadcast from rank 0 of values that are about to be read."""
+
+    def _zero_init_param(self, param: nn.Parameter) -> None:
+        self._convert_to_deepspeed_param(param)
+        param.partition()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
