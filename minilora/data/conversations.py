@@ -43,7 +43,10 @@ def to_turns(
     keys. Raises BadRow.
     """
     if formatting == "text":
-        return (Turn("text", _text(_field(row, columns["prompt"]))),)
+        text = _text(_field(row, columns["prompt"]))
+        if not text.strip():
+            raise BadRow("empty text")
+        return (Turn("text", text),)
     if formatting == "alpaca":
         return _checked(_alpaca(row, columns))
     return _checked(_messages(row, columns, tags))

@@ -104,6 +104,8 @@ def _select(rows: list[Row], num_samples: int | None, max_samples: int | None) -
 
 def _converter(source: Source, rows: list[Row], stage: str) -> Callable[[Any], tuple[Turn, ...]]:
     """The function from a row's value to turns, after a check that the file has its columns."""
+    if not rows:
+        raise RequestError([f"{source.path}: has no rows"])
     found = set(chain.from_iterable(row.value for row in rows if isinstance(row.value, dict)))
     formatting = _formatting(source, found, stage)
     tags = (OPENAI_TAGS if formatting == "openai" else SHAREGPT_TAGS) | dict(source.tags)

@@ -99,10 +99,9 @@ def _find(name: str, info: Mapping[str, Any], info_path: Path) -> Source:
         return _from_entry(name, info[name], info_path)
     if Path(name).suffix == "" and not Path(name).exists():
         close = difflib.get_close_matches(name, list(info), 1)
-        where = f"{info_path}" if info_path.is_file() else f"{info_path} (no such file)"
-        hint = f"; did you mean {close[0]}?" if close else ""
-        known = f" It has: {', '.join(sorted(info)[:20])}." if info and not close else ""
-        raise RequestError([f"dataset: {name} is neither in {where} nor a file{hint}{known}"])
+        known = f"; it has {', '.join(list(info)[:20])}" if info else ""
+        hint = f"; did you mean {close[0]}?" if close else known
+        raise RequestError([f"dataset: {name} is neither in {info_path} nor a file{hint}"])
     path = Path(name) if Path(name).is_file() else info_path.parent / name
     if problems := _file_problems(path if path.is_file() else Path(name)):
         raise RequestError([f"dataset {name}: {problem}" for problem in problems])
