@@ -68,7 +68,7 @@ ddp_timeout: 180000000
 
 def read(tmp_path: Path, text: str, *argv: str, name: str = "run.yaml") -> Settings:
     """The settings of a file with this text, and of these arguments after it."""
-    (tmp_path / name).write_text(text)
+    (tmp_path / name).write_text(text, encoding="utf-8")
     return read_settings([str(tmp_path / name), *argv], "train")
 
 
@@ -133,6 +133,15 @@ def test_twice_in_json(tmp_path: Path) -> None:
 def test_stray_words(tmp_path: Path, word: str) -> None:
     (problem,) = problems_of(tmp_path, NEEDED, word)
     assert problem.startswith(f"{word!r} (command line) is not understood: write --key value")
+
+
+def test_an_option_with_one_dash_is_no_file() -> None:
+    with pytest.raises(RequestError, match="^'-r' .command line. is not understood"):
+        read_settings(["-r"], "train")
+
+
+def test_file_with_a_byte_order_mark(tmp_path: Path) -> None:
+    assert read(tmp_path, "\ufeff" + NEEDED).model.model_name_or_path == "base"
 
 
 def test_the_article_runs_unchanged(tmp_path: Path) -> None:

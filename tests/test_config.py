@@ -156,7 +156,7 @@ def test_a_dash_is_an_underscore_on_the_command_line(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("key", NOT_YET)
 def test_keys_of_later_versions(tmp_path: Path, key: str) -> None:
-    for harmless in ("false", "no", "none", "null", "0", "0.0", "[]", ""):
+    for harmless in ("false", "False", "no", "none", "null", "0", "0.0", "[]", ""):
         assert read(tmp_path, f"{NEEDED}{key}: {harmless}\n").notices == ()
     (problem,) = problems_of(tmp_path, f"{NEEDED}{key}: steps\n")
     assert problem.startswith(f"{key} ({tmp_path / 'run.yaml'}:4): 'steps' asks for {NOT_YET[key]}")
