@@ -141,7 +141,9 @@ def test_an_option_with_one_dash_is_no_file() -> None:
 
 
 def test_file_with_a_byte_order_mark(tmp_path: Path) -> None:
+    text = '{"model_name_or_path": "base", "dataset": "d", "output_dir": "o"}'
     assert read(tmp_path, "\ufeff" + NEEDED).model.model_name_or_path == "base"
+    assert read(tmp_path, "\ufeff" + text, name="run.json").model.model_name_or_path == "base"
 
 
 def test_the_article_runs_unchanged(tmp_path: Path) -> None:
