@@ -40,6 +40,9 @@ class ModelSettings:
         "Attention kernel; auto takes the fastest that works here, and all give the same numbers.",
         choices=("auto", "disabled", "sdpa", "fa2"),
     )
+    disable_gradient_checkpointing: bool = setting(
+        False, "Keep all activations instead of recomputing each block: faster, far more memory."
+    )
 
 
 @dataclass(frozen=True)

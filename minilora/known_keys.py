@@ -17,7 +17,6 @@ NOT_YET: Mapping[str, str] = {
     "eval_dataset": "validation",
     "eval_strategy": "validation",
     "evaluation_strategy": "validation",
-    "disable_gradient_checkpointing": "keeping all activations",
     "load_best_model_at_end": "choosing the best snapshot",
     "loraplus_lr_ratio": "LoRA+",
     "offload_activations": "activations in host memory",

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from minilora.config import RequestError, RunError
@@ -43,9 +43,7 @@ def write_adapter(folder: Path, tensors: Mapping[str, Tensor], lora: LoraShape, 
     """
     folder.mkdir(parents=True, exist_ok=True)
     named = {stored_name(name): tensor.contiguous() for name, tensor in tensors.items()}
-    weights = folder / (WEIGHTS + ".tmp")
-    save_file(named, weights, metadata={"format": "pt"})
-    _put(weights, folder / WEIGHTS)
+    write_atomically(folder / WEIGHTS, save(named, metadata={"format": "pt"}))
     for name in TOKENIZER_FILES:
         if (base / name).exists():
             write_atomically(folder / name, (base / name).read_bytes())
@@ -129,12 +127,9 @@ def read_adapter(folder: Path, expected: Mapping[str, tuple[int, ...]]) -> dict[
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a file so that after a crash it is the old one or the new one, never a part."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(content)
-    _put(temporary, path)
-
-
-def _put(temporary: Path, path: Path) -> None:
-    with temporary.open("rb") as file:
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
 

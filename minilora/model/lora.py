@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from minilora.config import RequestError
 from minilora.model.dropout import SeededDropout
 from minilora.model.llama import Block, Linear, Llama
+from minilora.model.shape import LlamaShape
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,20 @@ class LoraShape:
     @property
     def scaling(self) -> float:
         return self.alpha / self.rank
+
+    def parameter_shapes(self, model: LlamaShape) -> dict[str, tuple[int, int]]:
+        """Every trained parameter by its name in the model, in the model's order."""
+        shapes = {}
+        for name, shape in model.parameter_shapes().items():
+            module, _, kind = name.rpartition(".")
+            if module.rpartition(".")[2] in self.targets and kind == "weight":
+                shapes[f"{module}.lora_A"] = (self.rank, shape[1])
+                shapes[f"{module}.lora_B"] = (shape[0], self.rank)
+        return shapes
+
+    def size(self, model: LlamaShape) -> int:
+        """Elements of all trained parameters."""
+        return sum(rows * columns for rows, columns in self.parameter_shapes(model).values())
 
 
 class LoraLinear(nn.Module):

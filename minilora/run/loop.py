@@ -96,9 +96,7 @@ def save(world: World, engine: Engine, job: Job, folder: Path) -> None:
         raise RunError(problem)
 
 
-def _share(
-    world: World, local: float, step: int, batch: Step
-) -> tuple[float, dict[str, float]]:
+def _share(world: World, local: float, step: int, batch: Step) -> tuple[float, dict[str, float]]:
     """The mean loss over all ranks' tokens, and the memory of the worst rank."""
     memory = read_memory(world.device)
     everyone = world.gather_numbers([local, *memory.values()])

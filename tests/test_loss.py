@@ -1,0 +1,74 @@
+"""The chunked head and loss against full logits and torch's cross_entropy."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from minilora.model import loss as loss_module
+from minilora.model.loss import CHUNK_ROWS, head_loss
+
+ROWS = (1, CHUNK_ROWS - 1, CHUNK_ROWS, 2 * CHUNK_ROWS + 3)
+
+
+def sample(rows: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+    hidden = torch.randn(rows, 24, dtype=dtype, requires_grad=True)
+    return hidden, torch.randn(50, 24, dtype=dtype), torch.randint(0, 50, (rows,))
+
+
+@pytest.mark.parametrize("rows", ROWS)
+def test_loss_and_gradient_equal_full_logits(rows: int) -> None:
+    hidden, weight, targets = sample(rows)
+    mine = head_loss(hidden, weight, targets, 0.37)
+    (mine_grad,) = torch.autograd.grad(mine * 3, hidden)
+    full = F.cross_entropy(hidden @ weight.T, targets, reduction="sum") * 0.37
+    (full_grad,) = torch.autograd.grad(full * 3, hidden)
+    torch.testing.assert_close(mine, full, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(mine_grad, full_grad, rtol=1e-4, atol=1e-5)
+
+
+def test_bf16_is_within_its_rounding_of_fp32() -> None:
+    hidden, weight, targets = sample(300, torch.bfloat16)
+    mine = head_loss(hidden, weight, targets, 1.0)
+    (grad,) = torch.autograd.grad(mine, hidden)
+    exact_hidden = hidden.detach().float().requires_grad_()
+    full = F.cross_entropy(exact_hidden @ weight.float().T, targets, reduction="sum")
+    (full_grad,) = torch.autograd.grad(full, exact_hidden)
+    assert mine.dtype == torch.float32 and grad.dtype == torch.bfloat16
+    torch.testing.assert_close(mine, full, rtol=5e-3, atol=0)
+    torch.testing.assert_close(grad.float(), full_grad, rtol=0.05, atol=0.05)
+
+
+def test_full_logits_are_never_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The largest tensor made on the way has a chunk's rows, in forward and in backward."""
+    monkeypatch.setattr(loss_module, "CHUNK_ROWS", 16)
+    hidden, weight, targets = sample(160)
+    largest = 0
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            nonlocal largest
+            made = func(*args, **(kwargs or {}))
+            if isinstance(made, Tensor):
+                largest = max(largest, made.numel())
+            return made
+
+    with Watch():
+        head_loss(hidden, weight, targets, 1.0).backward()
+    assert largest == hidden.numel() < 160 * 50
+
+
+def test_no_labelled_row_gives_zero_and_no_gradient() -> None:
+    hidden, weight, targets = sample(0)
+    total = head_loss(hidden, weight, targets, 1.0)
+    total.backward()
+    assert total.item() == 0.0 and hidden.grad.shape == (0, 24)
+
+
+def test_extreme_logits_stay_finite() -> None:
+    hidden, weight, targets = sample(8)
+    total = head_loss(hidden * 1e4, weight, targets, 1.0)
+    (grad,) = torch.autograd.grad(total, hidden)
+    assert total.isfinite() and grad.isfinite().all()

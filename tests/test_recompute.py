@@ -1,0 +1,160 @@
+"""Recompute: the same gradients, exactly one more forward, and one saved input per block."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+from test_model import ours, random_llama, tiles_of
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from minilora.model.dropout import SeededDropout
+from minilora.model.llama import Llama, document_tiles
+from minilora.model.lora import LoraShape, inject, lora_parameters
+
+LENGTHS = (7, 20, 5, 11, 3)
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def llama(recompute: bool, dropout: float = 0.0, dtype: torch.dtype = torch.float32) -> Llama:
+    model = ours(random_llama(), recompute)
+    inject(model, LoraShape(4, 8, dropout, TARGETS), seed=0)
+    generator = torch.Generator().manual_seed(2)
+    for name, parameter in lora_parameters(model):
+        if name.endswith("lora_B"):
+            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.2
+    return model.to(dtype)
+
+
+def batch() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    token_ids = torch.randint(0, 128, (sum(LENGTHS),), generator=generator)
+    return token_ids, torch.where(torch.arange(len(token_ids)) % 3 > 0, token_ids.roll(-1), -100)
+
+
+def gradients(model: Llama, tiles: list[tuple[int, ...]]) -> dict[str, Tensor]:
+    token_ids, labels = batch()
+    dtype = model.lm_head.weight.dtype
+    laid_out = document_tiles(model.shape, tiles, 0, "cpu", dtype)
+    model(token_ids, labels, laid_out, 1.0).backward()
+    found = {name: parameter.grad for name, parameter in lora_parameters(model)}
+    assert all(grad is not None and grad.any() for grad in found.values())
+    return found
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_gradients_with_and_without_are_bit_equal_in_one_tile(dropout: float) -> None:
+    kept = gradients(llama(False, dropout), [LENGTHS])
+    computed_again = gradients(llama(True, dropout), [LENGTHS])
+    for name, grad in kept.items():
+        assert torch.equal(grad, computed_again[name]), name
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_gradients_with_and_without_agree_over_several_tiles(dropout: float) -> None:
+    tiles = [LENGTHS[:1], LENGTHS[1:3], LENGTHS[3:]]
+    kept, again = gradients(llama(False, dropout), tiles), gradients(llama(True, dropout), tiles)
+    for name, grad in kept.items():
+        torch.testing.assert_close(
+            again[name], grad, rtol=1e-5, atol=1e-6 * float(grad.abs().max())
+        )
+
+
+def test_any_tiling_gives_the_same_gradients() -> None:
+    one = gradients(llama(True), [LENGTHS])
+    for tiles in ([(length,) for length in LENGTHS], [LENGTHS[:2], LENGTHS[2:]]):
+        other = gradients(llama(True), tiles)
+        for name, grad in one.items():
+            scale = float(grad.abs().max())
+            torch.testing.assert_close(other[name], grad, rtol=1e-5, atol=1e-6 * scale)
+
+
+def test_dropout_drops_with_the_stated_probability_and_repeats_itself() -> None:
+    dropout = SeededDropout(0.25)
+    x = torch.ones(100, 400)
+    dropout.reseed(7, x.device)
+    first, second = dropout(x), dropout(x)
+    dropout.reseed(7, x.device)
+    assert torch.equal(dropout(x), first) and not torch.equal(first, second)
+    assert first.unique().tolist() == pytest.approx([0.0, 4 / 3])
+    assert abs(float((first == 0).float().mean()) - 0.25) < 0.01
+
+
+def test_dropout_masks_differ_between_blocks_tiles_and_spans() -> None:
+    seeds: list[int] = []
+    model = llama(True, 0.3)
+    for block in model.model.layers:
+        block.dropout.reseed = lambda seed, device: seeds.append(seed)  # type: ignore[method-assign]
+    token_ids, labels = batch()
+    for span_seed in (0, 1):
+        tiles = document_tiles(
+            model.shape, [LENGTHS[:2], LENGTHS[2:]], span_seed, "cpu", torch.float32
+        )
+        with torch.no_grad():
+            model(token_ids, labels, tiles, 1.0)
+    assert len(seeds) == len(set(seeds)) == 2 * 2 * len(model.model.layers)
+
+
+def test_evaluation_drops_nothing() -> None:
+    with_dropout, without = llama(True, 0.5).eval(), llama(True)
+    token_ids, labels = batch()
+    with torch.no_grad():
+        losses = [m(token_ids, labels, tiles_of(m, LENGTHS), 1.0) for m in (with_dropout, without)]
+    assert torch.equal(*losses)
+
+
+class Everything(nullcontext):
+    """All operations count as one module's."""
+
+    parents = frozenset({"Global"})
+
+
+def test_exactly_one_more_forward_of_each_block_by_flops() -> None:
+    tiles = [LENGTHS[:2], LENGTHS[2:]]
+
+    def flops(recompute: bool, backward: bool) -> int:
+        model = llama(recompute)
+        hidden = torch.randn(sum(LENGTHS), 32, requires_grad=True)
+        counter = FlopCounterMode(display=False)
+        counter.mod_tracker = Everything()  # torch's own one cannot follow modules under no_grad
+        with counter:
+            for block in model.model.layers:
+                hidden = block(hidden, tiles_of(model, *tiles))
+            if backward:
+                hidden.sum().backward()
+        return counter.get_total_flops()
+
+    forward = flops(True, backward=False)
+    assert forward == flops(False, backward=False) > 0
+    assert flops(True, backward=True) == flops(False, backward=True) + forward
+
+
+@pytest.mark.parametrize("tiles", [[LENGTHS], [(length,) for length in LENGTHS]])
+def test_one_block_input_per_block_is_all_that_is_kept(tiles: list[tuple[int, ...]]) -> None:
+    model = llama(True)
+    kept: list[Tensor] = []
+    token_ids, labels = batch()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        hidden = model.model(token_ids, tiles_of(model, *tiles))
+    assert [tuple(tensor.shape) for tensor in kept] == [(sum(LENGTHS), 32)] * 2
+    assert hidden.requires_grad
+
+
+def test_frozen_parameters_get_no_gradient() -> None:
+    model = llama(True)
+    gradients(model, [LENGTHS])
+    trained = {name for name, _ in lora_parameters(model)}
+    assert all(p.grad is None for name, p in model.named_parameters() if name not in trained)
+
+
+def test_bf16_tiles_sum_in_fp32() -> None:
+    """Many tiles lose nothing against one: each is rounded once, not at each addition."""
+    exact = gradients(llama(True), [LENGTHS])
+    many = gradients(llama(True, dtype=torch.bfloat16), [(length,) for length in LENGTHS])
+    one = gradients(llama(True, dtype=torch.bfloat16), [LENGTHS])
+    for name, grad in exact.items():
+        scale = float(grad.abs().max())
+        error = [float((found[name].float() - grad).abs().max()) / scale for found in (many, one)]
+        assert error[0] < 2 * error[1] + 0.02, name
