@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from runs import Ground, make_ground
 
 from minilora.tiny import TinyShape, write_tiny
 
@@ -58,7 +59,7 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def launch() -> Launch:
     """Run real processes: launch(world_size, arguments, with_=..., timeout=..., env=...)."""
 
@@ -108,3 +109,9 @@ def _command(launcher: str, world_size: int, arguments: list[str]) -> list[str]:
     assert launcher == "torchrun", launcher
     runner = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={world_size}"]
     return [*runner, f"--master-port={port}", *arguments]
+
+
+@pytest.fixture(scope="session")
+def ground(tmp_path_factory: pytest.TempPathFactory, tiny: Path, tiny_tied: Path) -> Ground:
+    """Rows, checkpoints and start adapters of the tests of whole runs."""
+    return make_ground(tmp_path_factory.mktemp("runs"), {"tiny": tiny, "tiny_tied": tiny_tied})

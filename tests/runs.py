@@ -1,0 +1,122 @@
+"""What tests of whole runs share: what runs start from, how they start, what they leave."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from minilora.files.adapter import WEIGHTS, write_adapter
+from minilora.files.weights import read_config
+from minilora.model.lora import LoraShape
+
+JOBS = Path(__file__).with_name("jobs.py")
+STEPS = 8
+RANK, ALPHA, RATE, DECAY = 4, 8, 2e-4, 0.1
+CUTOFF = 96
+
+
+@dataclass(frozen=True)
+class Ground:
+    """What all runs start from: two checkpoints, their start adapters, one dataset."""
+
+    models: dict[str, Path]
+    adapters: dict[str, Path]
+    data: Path
+    folder: Path
+
+    def job(self, name: str, model: str, **changes: Any) -> dict[str, Any]:
+        """Settings of a run, flat."""
+        return {
+            "model_name_or_path": str(self.models[model]),
+            "adapter_name_or_path": str(self.adapters[model]),
+            "dataset": str(self.data),
+            "output_dir": str(self.folder / name),
+            "overwrite_output_dir": True,
+            "cutoff_len": CUTOFF,
+            "max_steps": STEPS,
+            "learning_rate": RATE,
+            "lr_scheduler_type": "cosine",
+            "warmup_steps": 2,
+            "weight_decay": DECAY,
+            "max_grad_norm": 0.5,
+            "logging_steps": 1,
+            "plot_loss": False,
+            **changes,
+        }
+
+
+def write_rows(path: Path, count: int) -> None:
+    """Ragged conversations: system prompts, several turns, other scripts, over-long ones."""
+    words = ["ship", "r\u00e9sum\u00e9", "\u4f60\u597d", "loss 0.5", "\U0001f600 ok", "<|eot_id|>"]
+    rows = []
+    for index in range(count):
+        turns = [] if index % 3 else [{"role": "system", "content": f"Be brief, {index}."}]
+        for turn in range(1 + index % 2):
+            text = " ".join(words[(index + k) % len(words)] for k in range(1 + (7 * index) % 19))
+            turns.append({"role": "user", "content": f"{text}? {turn}"})
+            turns.append({"role": "assistant", "content": f"{words[(index + turn) % 5]} {index}"})
+        rows.append({"messages": turns})
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+
+
+def run_jobs(launch: Callable[..., tuple[int, str]], ranks: int, jobs: list[dict[str, Any]]) -> str:
+    """Run the jobs in one set of processes; returns what they printed."""
+    listed = Path(jobs[0]["output_dir"]).parent / f"jobs-{ranks}-{len(jobs)}.json"
+    listed.write_text(json.dumps(jobs), encoding="utf-8")
+    code, output = launch(ranks, [JOBS, listed], timeout=240)
+    assert code == 0, output
+    return output
+
+
+def log(job: dict[str, Any], key: str) -> list[float]:
+    lines = (Path(job["output_dir"]) / "trainer_log.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line)[key] for line in lines]
+
+
+def adapter(job: dict[str, Any]) -> dict[str, Tensor]:
+    return load_file(Path(job["output_dir"]) / WEIGHTS)
+
+
+def costs(job: dict[str, Any]) -> list[dict[str, Any]]:
+    text = (Path(job["output_dir"]) / "costs.json").read_text(encoding="utf-8")
+    found: list[dict[str, Any]] = json.loads(text)
+    return found
+
+
+def stage_file(folder: Path, stage: int) -> Path:
+    """A DeepSpeed file whose limits bind at the tiny model's size: about one block is held."""
+    path = folder / f"stage{stage}.json"
+    section: dict[str, Any] = {"stage": stage}
+    if stage == 3:
+        section |= {
+            "stage3_param_persistence_threshold": 600,
+            "stage3_prefetch_bucket_size": 10_000,
+            "stage3_max_live_parameters": 12_000,
+            "stage3_max_reuse_distance": 12_000,
+        }
+    path.write_text(json.dumps({"zero_optimization": section, "gradient_clipping": "auto"}))
+    return path
+
+
+def make_ground(folder: Path, models: dict[str, Path]) -> Ground:
+    """Rows and start adapters for these checkpoints."""
+    write_rows(folder / "rows.jsonl", 75)
+    adapters = {}
+    generator = torch.Generator().manual_seed(9)
+    for name, model in models.items():
+        _, shape = read_config(model)
+        lora = LoraShape(RANK, ALPHA, 0.0, tuple(shape.linear_shapes()))
+        tensors = {
+            parameter: torch.randn(size, generator=generator) * 0.1
+            for parameter, size in lora.parameter_shapes(shape).items()
+        }
+        adapters[name] = folder / f"start-{name}"
+        write_adapter(adapters[name], tensors, lora, model)
+    return Ground(models, adapters, folder / "rows.jsonl", folder)
