@@ -162,7 +162,7 @@ def _facts(world: World, engine: Engine, plan: Plan, schedule: Schedule) -> Iter
     """What a user wants to see confirmed before the first step."""
     total, trained = plan.checkpoint.total_bytes, plan.lora.size(plan.checkpoint.shape)
     yield (
-        f"ZeRO-{engine.stage} on {world.size} x {world.device.type}, {world.dtype}; each process "
+        f"ZeRO-{engine.stage} on {world.size} x {world.device.type}, {engine.dtype}; each process "
         f"read {engine.bytes_read / 1e9:.3f} of {total / 1e9:.3f} GB"
     )
     yield (

@@ -40,7 +40,6 @@ class World:
         on_gpu = torch.cuda.is_available()
         self.local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         self.device = torch.device("cuda", self.local_rank) if on_gpu else torch.device("cpu")
-        self.dtype = torch.bfloat16 if wants_bf16(train) else torch.float32
         if on_gpu:
             torch.cuda.set_device(self.device)
         else:
@@ -97,6 +96,7 @@ class Engine:
     def __init__(self, world: World, plan: Plan) -> None:
         self.world, self.shape = world, plan.checkpoint.shape
         self.stage = zero_stage(plan.ds_config)
+        self.dtype = torch.bfloat16 if wants_bf16(plan.train) else torch.float32
         self.model = self._build(plan)
         self.bytes_read = read_pieces(plan.checkpoint, self._pieces())
         for name, parameter in lora_parameters(self.model):
@@ -126,7 +126,7 @@ class Engine:
         last: whether the optimizer step follows. Returns a scalar in fp32 on the device.
         """
         device = self.world.device
-        tiles = document_tiles(self.shape, span.tiles, span.seed, device, self.world.dtype)
+        tiles = document_tiles(self.shape, span.tiles, span.seed, device, self.dtype)
         self.engine.set_gradient_accumulation_boundary(last)
         token_ids, labels = span.token_ids.to(device), span.labels.to(device)
         loss: Tensor = self.engine(token_ids, labels, tiles, scale)
@@ -166,7 +166,7 @@ class Engine:
     def _build(self, plan: Plan) -> Llama:
         """The model with empty weights: partitioned as it is made at stage 3, whole otherwise."""
         default = torch.get_default_dtype()
-        torch.set_default_dtype(self.world.dtype)
+        torch.set_default_dtype(self.dtype)
         try:
             with self._placement(plan.ds_config):
                 model = Llama(self.shape, plan.recompute)
