@@ -121,11 +121,12 @@ def test_tiles_and_spans_keep_their_limits_and_only_one_longer_document_may_pass
         assert max(len(tile) for tile in tiles) > 1
 
 
-def test_ranks_get_about_equal_numbers_of_tokens() -> None:
-    documents = some_documents(100, seed=6)
-    steps = steps_of_all_ranks(documents, list(range(100)), 7, TileLimits())
-    loads = [int(documents.lengths[step.local_rows].sum()) for step in steps]
-    assert max(loads) - min(loads) <= documents.lengths.max()
+def test_documents_are_dealt_longest_first_to_the_rank_with_the_fewest_tokens() -> None:
+    documents = Documents.of(
+        [(np.zeros(n, np.int32), np.ones(n, np.bool_)) for n in (4, 7, 5, 9, 6, 8)]
+    )
+    steps = steps_of_all_ranks(documents, [5, 4, 3, 2, 1, 0], 2, TileLimits())
+    assert [documents.lengths[step.local_rows].tolist() for step in steps] == [[9, 6, 5], [8, 7, 4]]
 
 
 def test_ranks_without_documents_get_one_token_without_a_label() -> None:
