@@ -66,7 +66,9 @@ class CachedTile:
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """query: (N, H, E); key, value: (N, K, E). Returns (N, H, E)."""
-        parts = zip(*(tensor.split(self.new) for tensor in (query, key, value)), strict=True)
+        parts = zip(
+            *(tensor.split_with_sizes(self.new) for tensor in (query, key, value)), strict=True
+        )
         attended = []
         for (q, k, v), kept, start in zip(parts, self.kept, self.lengths, strict=True):
             assert start == 0 or len(q) == 1, "a causal mask is for documents without a past"
