@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from minilora.config import RequestError
 from minilora.model.shape import LlamaShape
-from minilora.tiny_tokenizer import CHAT_TEMPLATE, SPECIAL_TOKENS, train_tokenizer
+from minilora.tiny_tokenizer import CHAT_TEMPLATE, train_tokenizer
 
 MARK = "minilora-tiny"  # config.json's _name_or_path, by which write_tiny knows its own folders
 
