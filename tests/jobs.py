@@ -21,7 +21,7 @@ import torch
 from minilora.arguments import read_settings
 from minilora.model.lora import lora_parameters
 from minilora.run.engine import Engine, World
-from minilora.train import check, run_in
+from minilora.train import check, leave, run_in
 
 GATHERED: list[int] = [0]
 
@@ -101,6 +101,7 @@ def main() -> None:
                 save_file({k: v.contiguous() for k, v in watch.weights.items()}, output / "whole")
     assert world is not None
     world.close()
+    leave(0)
 
 
 if __name__ == "__main__":

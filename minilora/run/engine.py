@@ -67,6 +67,8 @@ class World:
         return [numbers.tolist() for numbers in rows]
 
     def close(self) -> None:
+        """Wait for all ranks, then part. Collective."""
+        self.gather_objects(None)
         dist.destroy_process_group()
 
 

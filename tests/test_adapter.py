@@ -1,0 +1,179 @@
+"""Adapters: PEFT reads what is written, to the bit and to the logit; broken ones are refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from oracle import base_model
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from minilora.config import RequestError, RunError
+from minilora.files.adapter import (
+    CONFIG,
+    WEIGHTS,
+    check_adapter,
+    read_adapter,
+    read_adapter_shape,
+    write_adapter,
+)
+from minilora.files.weights import Piece, read_checkpoint, read_pieces
+from minilora.model.llama import Llama, document_tiles
+from minilora.model.lora import LoraShape, inject, lora_parameters
+
+TARGETS = ("q_proj", "o_proj", "up_proj")
+# The fields of PEFT 0.13.0's LoraConfig and its parents; a newer key makes it fail.
+PEFT_0_13 = {
+    "alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "fan_in_fan_out",
+    "inference_mode", "init_lora_weights", "layer_replication", "layers_pattern",
+    "layers_to_transform", "loftq_config", "lora_alpha", "lora_dropout", "megatron_config",
+    "megatron_core", "modules_to_save", "peft_type", "r", "rank_pattern", "revision",
+    "target_modules", "task_type", "use_dora", "use_rslora",
+}  # fmt: skip
+
+
+@pytest.fixture
+def written(tiny: Path, tmp_path: Path) -> tuple[Path, LoraShape, dict[str, Tensor]]:
+    lora = LoraShape(3, 12, 0.0, TARGETS)
+    shapes = lora.parameter_shapes(read_checkpoint(tiny).shape)
+    tensors = {name: torch.randn(shape) * 0.3 for name, shape in shapes.items()}
+    write_adapter(tmp_path / "adapter", tensors, lora, tiny)
+    return tmp_path / "adapter", lora, tensors
+
+
+def test_peft_gives_the_same_logits(
+    tiny: Path, written: tuple[Path, LoraShape, dict[str, Tensor]]
+) -> None:
+    folder, lora, tensors = written
+    checkpoint = read_checkpoint(tiny)
+    model = Llama(checkpoint.shape)
+    read_pieces(
+        checkpoint, [Piece(name, 0, p.data.view(-1)) for name, p in model.named_parameters()]
+    )
+    inject(model, lora, seed=0)
+    for name, parameter in lora_parameters(model):
+        parameter.data.copy_(tensors[name])
+    ids = torch.randint(0, checkpoint.shape.vocab_size, (30,))
+    with torch.no_grad():
+        base = base_model(tiny)
+        without = base(ids[None]).logits[0]
+        theirs = PeftModel.from_pretrained(base, folder)(ids[None]).logits[0]
+        tiles = document_tiles(checkpoint.shape, [(30,)], 0, "cpu", torch.float32)
+        mine = model.logits(ids, tiles)
+    assert (theirs - without).abs().max() > 0.1, "the adapter must change something"
+    torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_names_and_keys_are_exactly_pefts(
+    tiny: Path, written: tuple[Path, LoraShape, dict[str, Tensor]]
+) -> None:
+    folder, _, tensors = written
+    assert set(load_file(folder / WEIGHTS)) == {
+        f"base_model.model.model.layers.{layer}.{module}.lora_{ab}.weight"
+        for layer in (0, 1)
+        for module in ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj")
+        for ab in "AB"
+    }
+    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    assert set(config) == PEFT_0_13
+    assert (config["r"], config["lora_alpha"]) == (3, 12)
+    assert config["target_modules"] == ["q_proj", "o_proj", "up_proj"]
+    beside = {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"}
+    assert {path.name for path in folder.iterdir()} == {CONFIG, WEIGHTS, *beside}
+    assert all((folder / name).read_bytes() == (tiny / name).read_bytes() for name in beside)
+
+
+def test_reading_gives_back_what_was_written(
+    tiny: Path, written: tuple[Path, LoraShape, dict[str, Tensor]]
+) -> None:
+    folder, lora, tensors = written
+    shape = read_checkpoint(tiny).shape
+    assert read_adapter_shape(folder, shape, 0.0) == lora
+    held = read_adapter(folder, lora.parameter_shapes(shape))
+    assert held.keys() == tensors.keys()
+    assert all(torch.equal(held[name], tensor) for name, tensor in tensors.items())
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("peft_type", "IA3", "peft_type is 'IA3', not LORA"),
+        ("r", 0, "r is 0"),
+        ("r", "16", "r is '16'"),
+        ("lora_alpha", None, "lora_alpha is None"),
+        ("use_dora", True, "use_dora = True cannot be continued"),
+        ("modules_to_save", ["lm_head"], "modules_to_save"),
+        ("rank_pattern", {"q_proj": 2}, "rank_pattern"),
+        ("target_modules", "all-linear", "target_modules is 'all-linear'"),
+        ("target_modules", ["wq"], "no layer is called wq"),
+    ],
+)
+def test_an_adapter_that_cannot_be_continued_is_refused(
+    tiny: Path,
+    written: tuple[Path, LoraShape, dict[str, Tensor]],
+    key: str,
+    value: Any,
+    message: str,
+) -> None:
+    folder = written[0]
+    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    (folder / CONFIG).write_text(json.dumps({**config, key: value}), encoding="utf-8")
+    with pytest.raises(RequestError) as refused:
+        read_adapter_shape(folder, read_checkpoint(tiny).shape, 0.0)
+    assert message in str(refused.value)
+
+
+def test_tensors_of_another_model_are_refused(
+    tiny: Path, written: tuple[Path, LoraShape, dict[str, Tensor]]
+) -> None:
+    folder, lora, _ = written
+    expected = lora.parameter_shapes(read_checkpoint(tiny).shape)
+    held = load_file(folder / WEIGHTS)
+    first, second, third, *_ = sorted(held)
+    save_file(
+        {
+            **{name: tensor for name, tensor in held.items() if name != first},
+            second: torch.full_like(held[second], torch.nan),
+            third: torch.zeros(2, 2),
+            "stranger": torch.zeros(1),
+        },
+        folder / WEIGHTS,
+    )
+    with pytest.raises(RequestError) as refused:
+        read_adapter(folder, expected)
+    text = str(refused.value)
+    assert len(refused.value.problems) == 4
+    assert f"{first} is missing" in text and "stranger is not in the model" in text
+    assert f"{second} holds NaN" in text and f"{third} has shape [2, 2]" in text
+    (folder / WEIGHTS).write_bytes(b"nonsense")
+    with pytest.raises(RequestError, match="not a whole safetensors file"):
+        read_adapter(folder, expected)
+
+
+def test_the_check_after_writing_finds_every_fault(
+    written: tuple[Path, LoraShape, dict[str, Tensor]],
+) -> None:
+    folder, _, tensors = written
+    check_adapter(folder, tensors)
+    held = load_file(folder / WEIGHTS)
+    name = next(iter(held))
+    faults = {
+        "differ": {key: tensor for key, tensor in held.items() if key != name},
+        "differs from what was trained": {**held, name: held[name] + 1},
+    }
+    for message, tampered in faults.items():
+        save_file(tampered, folder / WEIGHTS)
+        with pytest.raises(RunError, match=message):
+            check_adapter(folder, tensors)
+    broken = {**tensors, next(iter(tensors)): torch.full((3, 32), torch.nan)}
+    write_adapter(folder, broken, written[1], folder)
+    with pytest.raises(RunError, match="empty or not finite"):
+        check_adapter(folder, broken)
+    (folder / WEIGHTS).write_bytes(b"")
+    with pytest.raises(RunError, match="cannot be read back"):
+        check_adapter(folder, tensors)
