@@ -1,0 +1,305 @@
+"""Answers held against transformers and PEFT; the cache, the draws and what is printed."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.generation import (
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from minilora.data.tokenizer import load_tokenizer
+from minilora.files.weights import INDEX, read_checkpoint, read_config
+from minilora.generate import load, main, show, stream
+from minilora.model.decode import CachedTile, Sampling, candidates, choose, generate
+from minilora.model.llama import Llama, document_tiles
+
+CHINESE = "\u4f60\u597d\uff0c\u4e16\u754c"
+NEW = 24
+PROMPTS = [
+    ("caf\u00e9 " if index % 3 else CHINESE) + " ".join(f"word{k}" for k in range(index % 7 + 1))
+    for index in range(20)
+]
+
+
+@pytest.fixture(scope="module", params=["plain", "tied"])
+def case(
+    request: pytest.FixtureRequest,
+    tiny: Path,
+    tiny_tied: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[Path, Path]:
+    """A checkpoint that stops at more tokens than Llama, and an adapter that PEFT wrote."""
+    folder = tmp_path_factory.mktemp(request.param)
+    base, adapter = folder / "base", folder / "adapter"
+    shutil.copytree(tiny if request.param == "plain" else tiny_tied, base)
+    config = json.loads((base / "generation_config.json").read_text(encoding="utf-8"))
+    config["eos_token_id"] += list(range(40, 60))
+    (base / "generation_config.json").write_text(json.dumps(config), encoding="utf-8")
+    torch.manual_seed(5)
+    targets = ["q_proj", "v_proj", "o_proj", "down_proj"]
+    lora = LoraConfig(r=4, lora_alpha=12, target_modules=targets, task_type="CAUSAL_LM")
+    peft = get_peft_model(AutoModelForCausalLM.from_pretrained(base), lora)
+    for name, parameter in peft.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    peft.save_pretrained(adapter)
+    return base, adapter
+
+
+@pytest.fixture(scope="module")
+def model(case: tuple[Path, Path]) -> Llama:
+    return load(read_checkpoint(case[0]), case[1])
+
+
+@pytest.fixture(scope="module")
+def oracle(case: tuple[Path, Path]) -> Callable[[list[dict[str, str]]], str]:
+    """The answer of transformers with PEFT to messages."""
+    base, adapter = case
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    peft = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter)
+
+    def answer(messages: list[dict[str, str]]) -> str:
+        asked = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+        tokens = peft.generate(**asked, do_sample=False, max_new_tokens=NEW)[0]
+        return str(
+            tokenizer.decode(
+                tokens[asked["input_ids"].shape[1] :],
+                skip_special_tokens=True,
+                clean_up_tokenization_spaces=False,
+            )
+        )
+
+    return answer
+
+
+def user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+def arguments(case: tuple[Path, Path], *more: object) -> list[str]:
+    base, adapter = case
+    given = ["--model_name_or_path", base, "--adapter_name_or_path", adapter, *more]
+    return [str(part) for part in (*given, "--max_new_tokens", NEW)]
+
+
+def answers(case: tuple[Path, Path], prompts: Path, *more: object) -> list[dict[str, Any]]:
+    output = prompts.with_suffix(".answers.jsonl")
+    assert main(arguments(case, "--prompts", prompts, "--output", output, *more)) == 0
+    return [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
+
+
+def test_a_file_of_prompts_is_answered_as_transformers_and_peft_do(case, oracle, tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("\n\n".join(PROMPTS), encoding="utf-8")
+    found = answers(case, prompts)
+    expected = [oracle([user(prompt)]) for prompt in PROMPTS]
+    assert [row["prompt"] for row in found] == PROMPTS
+    assert [row["predict"] for row in found] == expected
+    assert len(set(expected)) > 10
+    tokens = load_tokenizer(case[0]).backend
+    lengths = {len(tokens.encode(text, add_special_tokens=False).ids) for text in expected}
+    assert min(lengths) < NEW / 2  # stop tokens are met
+
+
+def test_one_prompt_is_printed_as_it_is_in_a_file(case, oracle, capsys):
+    for prompt in PROMPTS[:2]:
+        assert main(arguments(case, "--prompt", prompt)) == 0
+        assert capsys.readouterr().out == oracle([user(prompt)]) + "\n"
+
+
+def test_messages_and_the_system_message(case, oracle, tmp_path):
+    system = {"role": "system", "content": "Be brief."}
+    messages = [system, user("Hi"), {"role": "assistant", "content": "Yes?"}, user("Why?")]
+    rows = [{"messages": messages, "label": "x"}, {"prompt": PROMPTS[3]}]
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    first, second = answers(case, prompts, "--system", "Answer in verse.")
+    assert first == {**rows[0], "predict": oracle(messages)}
+    verse = {"role": "system", "content": "Answer in verse."}
+    assert second["predict"] == oracle([verse, user(PROMPTS[3])])
+    assert second["predict"] != oracle([user(PROMPTS[3])])
+
+
+def test_chat_remembers_until_it_is_cleared(case, oracle, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("Hello\n\nAnd now?\nclear\nAnd now?\nexit\nno\n"))
+    assert main(arguments(case, "--interactive")) == 0
+    first = oracle([user("Hello")])
+    remembered = oracle([user("Hello"), {"role": "assistant", "content": first}, user("And now?")])
+    cleared = oracle([user("And now?")])
+    assert remembered != cleared
+    assert capsys.readouterr().out == f"> {first}\n> > {remembered}\n> > {cleared}\n> "
+
+
+def test_without_an_adapter_the_base_answers(case, capsys):
+    base, _ = case
+    given = ["--model_name_or_path", str(base), "--prompt", "Hello", "--max_new_tokens", "8"]
+    assert main(given) == 0
+    found = capsys.readouterr().out
+    tokenizer, theirs = (
+        AutoTokenizer.from_pretrained(base),
+        AutoModelForCausalLM.from_pretrained(base),
+    )
+    asked = tokenizer.apply_chat_template(
+        [user("Hello")], add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    tokens = theirs.generate(**asked, do_sample=False, max_new_tokens=8)[0]
+    expected = tokenizer.decode(tokens[asked["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert found == expected + "\n"
+    main(arguments(case, "--prompt", "Hello"))
+    assert not capsys.readouterr().out.startswith(expected)
+
+
+def test_logits_with_the_cache_equal_those_without(model):
+    documents = [torch.randint(0, 512, (length,)).tolist() for length in (17, 1, 6, 40)]
+    with torch.inference_mode():
+        tiles = document_tiles(model.shape, [[len(d) for d in documents]], 0, "cpu", torch.float32)
+        whole = model.logits(torch.tensor(sum(documents, [])), tiles).split([17, 1, 6, 40])
+    starts = [12, 1, 2, 40]
+    tile = CachedTile(model, [len(document) for document in documents])
+    logits = tile.next_logits([d[:start] for d, start in zip(documents, starts, strict=True)])
+    for document, start, row in zip(whole, starts, logits, strict=True):
+        torch.testing.assert_close(row, document[start - 1], atol=2e-5, rtol=0)
+    tile.keep([0, 2])
+    for step in range(4):
+        logits = tile.next_logits([[documents[0][12 + step]], [documents[2][2 + step]]])
+        torch.testing.assert_close(logits[0], whole[0][12 + step], atol=2e-5, rtol=0)
+        torch.testing.assert_close(logits[1], whole[2][2 + step], atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.5])
+def test_side_by_side_equals_one_by_one(model, temperature):
+    prompts = [torch.randint(0, 512, (length,)).tolist() for length in (9, 3, 30, 1, 14)]
+    sampling = Sampling(temperature=temperature, top_k=100, top_p=0.95, seed=3)
+
+    def tokens(some: list[list[int]], first: int) -> list[list[int]]:
+        held: list[list[int]] = [[] for _ in some]
+        for index, token in generate(model, some, 30, range(20, 36), sampling, first):
+            held[index].append(token)
+        return held
+
+    together = tokens(prompts, 0)
+    assert together == [tokens([prompt], index)[0] for index, prompt in enumerate(prompts)]
+    assert len({len(answer) for answer in together}) > 1, "they stop at different times"
+    for answer in together:
+        assert all(token not in range(20, 36) for token in answer[:-1])
+        assert len(answer) == 30 or answer[-1] in range(20, 36)
+
+
+def test_what_may_be_drawn_is_what_transformers_draws_from():
+    scores = torch.randn(1, 300) * 3
+    for temperature, top_k, top_p in ((0.7, 0, 0.9), (1.3, 20, 1.0), (0.2, 50, 0.5), (2.0, 7, 0.3)):
+        expected = TemperatureLogitsWarper(temperature)(None, scores)
+        if top_k:
+            expected = TopKLogitsWarper(top_k)(None, expected)
+        if top_p < 1:
+            expected = TopPLogitsWarper(top_p)(None, expected)
+        tokens, probabilities = candidates(scores[0], Sampling(temperature, top_k, top_p))
+        found = torch.zeros(300).index_put((tokens,), probabilities)
+        torch.testing.assert_close(found, expected.softmax(-1)[0], atol=1e-6, rtol=1e-5)
+
+
+def test_draws_follow_the_probabilities():
+    probabilities = torch.tensor([0.5, 0.3, 0.15, 0.05])
+    generator = torch.Generator().manual_seed(0)
+    sampling = Sampling(temperature=1.0)
+    drawn = [choose(probabilities.log(), sampling, generator) for _ in range(4000)]
+    shares = torch.bincount(torch.tensor(drawn), minlength=4) / 4000
+    torch.testing.assert_close(shares, probabilities, atol=0.03, rtol=0)  # 4 sigma
+
+
+def test_the_seed_decides_what_is_drawn(case, capsys):
+    def drawn(seed: int) -> str:
+        drawing = ("--temperature", 1.2, "--top_p", 0.95, "--seed", seed)
+        assert main(arguments(case, "--prompt", "Once", *drawing)) == 0
+        return capsys.readouterr().out
+
+    assert drawn(1) == drawn(1)
+    assert drawn(1) != drawn(2)
+
+
+def test_characters_are_printed_whole_and_at_once(tiny, capsys):
+    tokenizer = load_tokenizer(tiny)
+    text = f"a{CHINESE} \U0001f600!"
+    tokens = tokenizer.backend.encode(text, add_special_tokens=False).ids
+    assert len(tokens) > 2 * len(CHINESE), "characters of several tokens are what this is about"
+    pieces = list(stream(tokens, tokenizer.decode))
+    assert "".join(pieces) == text
+    assert not any("\ufffd" in piece for piece in pieces)
+    for count in range(len(tokens)):  # what is whole has been shown
+        assert "".join(pieces[:count]) == tokenizer.decode(tokens[:count]).rstrip("\ufffd")
+    assert show(enumerate(tokens), tokenizer.decode) == text
+    assert capsys.readouterr().out == text + "\n"
+
+
+def test_an_answer_cut_inside_a_character_ends_as_the_decoder_says(tiny):
+    tokenizer = load_tokenizer(tiny)
+    tokens = tokenizer.backend.encode(CHINESE, add_special_tokens=False).ids[:-1]
+    pieces = list(stream(tokens, tokenizer.decode))
+    assert "".join(pieces) == tokenizer.decode(tokens) == CHINESE[:-1] + "\ufffd"
+    assert "\ufffd" not in "".join(pieces[:-1])
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--prompt", "x", "--max_new_tokens", "0"], "--max_new_tokens must be at least 1"),
+        (["--prompt", "x", "--temperature", "-1"], "--temperature must be at least 0"),
+        (["--prompt", "x", "--temperature", "nan"], "--temperature must be at least 0"),
+        (["--prompt", "x", "--top_p", "0.9"], "need a --temperature above 0"),
+        (["--prompt", "x", "--output", "new.jsonl"], "--prompts and --output need each other"),
+        (["--prompts", "config.json", "--output", "new.jsonl"], "not a .txt or .jsonl"),
+        (["--prompts", "bad.jsonl", "--output", "new.jsonl"], "bad.jsonl:2: neither a prompt nor"),
+        (["--prompts", "bad.jsonl", "--output", "new.jsonl"], "bad.jsonl:3: questions and answers"),
+        (["--prompts", "bad.jsonl", "--output", "bad.jsonl"], "bad.jsonl exists already"),
+        (["--prompt", "x", "--template", "llama4"], "template: llama4 is not known"),
+        (["--prompt", "word " * 40000, "--max_new_tokens", "131000"], "max_position_embeddings"),
+        (["--prompt", "x", "--adapter_name_or_path", "."], "adapter_config.json: no such file"),
+    ],
+)
+def test_wrong_requests_are_refused(tiny, tmp_path, monkeypatch, capsys, more, message):
+    shutil.copytree(tiny, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    rows = [{"prompt": "x"}, {"text": "x"}, {"messages": [{"role": "assistant", "content": "x"}]}]
+    Path("bad.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    before = sorted(tmp_path.iterdir())
+    assert main(["--model_name_or_path", ".", *more]) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err and captured.out == ""
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_model_larger_than_the_memory_is_refused(tiny, tmp_path, capsys):
+    for file in tiny.glob("*.json"):
+        shutil.copy(file, tmp_path)
+    layers = 200
+    config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
+    config |= {"intermediate_size": 2**26, "num_hidden_layers": layers}
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    weight_map = {}
+    for name, size in read_config(tmp_path)[1].parameter_shapes().items():
+        count = 2 * math.prod(size)
+        header = {name: {"dtype": "BF16", "shape": size, "data_offsets": [0, count]}}
+        text = json.dumps(header).encode()
+        with (tmp_path / f"{name}.safetensors").open("wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            file.truncate(8 + len(text) + count)  # a hole, which takes no room on the disk
+        weight_map[name] = f"{name}.safetensors"
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": weight_map}), encoding="utf-8")
+    assert main(["--model_name_or_path", str(tmp_path), "--prompt", "x"]) == 2
+    needed = 3 * 8 * layers  # GiB of the MLPs in fp32; the rest is 0.0
+    assert f"needs {needed}.0 GiB on the cpu in torch.float32" in capsys.readouterr().err
