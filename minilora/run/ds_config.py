@@ -56,7 +56,7 @@ def resolve_ds_config(path: Path, train: TrainSettings, facts: Facts) -> dict[st
         _fill(config, keys, value, None)
     if config.pop("scheduler", None) is not None:
         problems.append("scheduler: remove it; lr_scheduler_type and warmup_steps say the schedule")
-    if _get(config, "fp16.enabled") not in (None, False, "auto"):
+    if (config.pop("fp16", None) or {}).get("enabled") not in (None, False, "auto"):
         problems.append("fp16.enabled: minilora trains in bf16 or fp32; remove the fp16 section")
     kind = (config.pop("optimizer", None) or {}).get("type", "AdamW")
     if kind not in ("AdamW", "Adam"):
@@ -65,7 +65,6 @@ def resolve_ds_config(path: Path, train: TrainSettings, facts: Facts) -> dict[st
     if problems:
         raise RequestError([f"{path}: {problem}" for problem in problems])
     config.pop("train_batch_size", None)
-    config.pop("fp16", None)
     config["train_micro_batch_size_per_gpu"] = (
         train.per_device_train_batch_size * train.gradient_accumulation_steps
     )
@@ -97,7 +96,6 @@ def _meanings(train: TrainSettings, facts: Facts) -> dict[str, Any]:
         "optimizer.params.eps": train.adam_epsilon,
         "optimizer.params.weight_decay": train.weight_decay,
         "bf16.enabled": facts.bf16,
-        "fp16.enabled": False,
     }
 
 
@@ -125,13 +123,6 @@ def _fill(config: dict[str, Any], keys: str, value: Any, problems: list[str] | N
             f"{keys} is {json.dumps(node[last])}, the run's settings say {json.dumps(value)}; "
             'write "auto"'
         )
-
-
-def _get(config: Mapping[str, Any], keys: str) -> Any:
-    node: Any = config
-    for key in keys.split("."):
-        node = node.get(key) if isinstance(node, Mapping) else None
-    return node
 
 
 def _autos(node: Mapping[str, Any], path: str = "") -> Iterator[str]:
