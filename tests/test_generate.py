@@ -22,9 +22,12 @@ from transformers.generation import (
 
 from minilora.data.tokenizer import load_tokenizer
 from minilora.files.weights import INDEX, read_checkpoint, read_config
-from minilora.generate import load, main, show, stream
+from minilora.generate import BATCH, load, main, show, stream
 from minilora.model.decode import CachedTile, Sampling, candidates, choose, generate
 from minilora.model.llama import Llama, document_tiles
+
+Case = tuple[Path, Path]
+Oracle = Callable[[list[dict[str, str]]], str]
 
 CHINESE = "\u4f60\u597d\uff0c\u4e16\u754c"
 NEW = 24
@@ -40,7 +43,7 @@ def case(
     tiny: Path,
     tiny_tied: Path,
     tmp_path_factory: pytest.TempPathFactory,
-) -> tuple[Path, Path]:
+) -> Case:
     """A checkpoint that stops at more tokens than Llama, and an adapter that PEFT wrote."""
     folder = tmp_path_factory.mktemp(request.param)
     base, adapter = folder / "base", folder / "adapter"
@@ -60,12 +63,12 @@ def case(
 
 
 @pytest.fixture(scope="module")
-def model(case: tuple[Path, Path]) -> Llama:
+def model(case: Case) -> Llama:
     return load(read_checkpoint(case[0]), case[1])
 
 
 @pytest.fixture(scope="module")
-def oracle(case: tuple[Path, Path]) -> Callable[[list[dict[str, str]]], str]:
+def oracle(case: Case) -> Oracle:
     """The answer of transformers with PEFT to messages."""
     base, adapter = case
     tokenizer = AutoTokenizer.from_pretrained(base)
@@ -91,19 +94,21 @@ def user(text: str) -> dict[str, str]:
     return {"role": "user", "content": text}
 
 
-def arguments(case: tuple[Path, Path], *more: object) -> list[str]:
+def arguments(case: Case, *more: object) -> list[str]:
     base, adapter = case
     given = ["--model_name_or_path", base, "--adapter_name_or_path", adapter, *more]
     return [str(part) for part in (*given, "--max_new_tokens", NEW)]
 
 
-def answers(case: tuple[Path, Path], prompts: Path, *more: object) -> list[dict[str, Any]]:
+def answers(case: Case, prompts: Path, *more: object) -> list[dict[str, Any]]:
     output = prompts.with_suffix(".answers.jsonl")
     assert main(arguments(case, "--prompts", prompts, "--output", output, *more)) == 0
     return [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
 
 
-def test_a_file_of_prompts_is_answered_as_transformers_and_peft_do(case, oracle, tmp_path):
+def test_a_file_of_prompts_is_answered_as_transformers_and_peft_do(
+    case: Case, oracle: Oracle, tmp_path: Path
+) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("\n\n".join(PROMPTS), encoding="utf-8")
     found = answers(case, prompts)
@@ -116,13 +121,15 @@ def test_a_file_of_prompts_is_answered_as_transformers_and_peft_do(case, oracle,
     assert min(lengths) < NEW / 2  # stop tokens are met
 
 
-def test_one_prompt_is_printed_as_it_is_in_a_file(case, oracle, capsys):
+def test_one_prompt_is_printed_as_it_is_in_a_file(
+    case: Case, oracle: Oracle, capsys: pytest.CaptureFixture[str]
+) -> None:
     for prompt in PROMPTS[:2]:
         assert main(arguments(case, "--prompt", prompt)) == 0
         assert capsys.readouterr().out == oracle([user(prompt)]) + "\n"
 
 
-def test_messages_and_the_system_message(case, oracle, tmp_path):
+def test_messages_and_the_system_message(case: Case, oracle: Oracle, tmp_path: Path) -> None:
     system = {"role": "system", "content": "Be brief."}
     messages = [system, user("Hi"), {"role": "assistant", "content": "Yes?"}, user("Why?")]
     rows = [{"messages": messages, "label": "x"}, {"prompt": PROMPTS[3]}]
@@ -135,7 +142,9 @@ def test_messages_and_the_system_message(case, oracle, tmp_path):
     assert second["predict"] != oracle([user(PROMPTS[3])])
 
 
-def test_chat_remembers_until_it_is_cleared(case, oracle, capsys, monkeypatch):
+def test_chat_remembers_until_it_is_cleared(
+    case: Case, oracle: Oracle, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO("Hello\n\nAnd now?\nclear\nAnd now?\nexit\nno\n"))
     assert main(arguments(case, "--interactive")) == 0
     first = oracle([user("Hello")])
@@ -145,7 +154,9 @@ def test_chat_remembers_until_it_is_cleared(case, oracle, capsys, monkeypatch):
     assert capsys.readouterr().out == f"> {first}\n> > {remembered}\n> > {cleared}\n> "
 
 
-def test_without_an_adapter_the_base_answers(case, capsys):
+def test_without_an_adapter_the_base_answers(
+    case: Case, capsys: pytest.CaptureFixture[str]
+) -> None:
     base, _ = case
     given = ["--model_name_or_path", str(base), "--prompt", "Hello", "--max_new_tokens", "8"]
     assert main(given) == 0
@@ -164,7 +175,7 @@ def test_without_an_adapter_the_base_answers(case, capsys):
     assert not capsys.readouterr().out.startswith(expected)
 
 
-def test_logits_with_the_cache_equal_those_without(model):
+def test_logits_with_the_cache_equal_those_without(model: Llama) -> None:
     documents = [torch.randint(0, 512, (length,)).tolist() for length in (17, 1, 6, 40)]
     with torch.inference_mode():
         tiles = document_tiles(model.shape, [[len(d) for d in documents]], 0, "cpu", torch.float32)
@@ -182,7 +193,7 @@ def test_logits_with_the_cache_equal_those_without(model):
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.5])
-def test_side_by_side_equals_one_by_one(model, temperature):
+def test_side_by_side_equals_one_by_one(model: Llama, temperature: float) -> None:
     prompts = [torch.randint(0, 512, (length,)).tolist() for length in (9, 3, 30, 1, 14)]
     sampling = Sampling(temperature=temperature, top_k=100, top_p=0.95, seed=3)
 
@@ -200,7 +211,7 @@ def test_side_by_side_equals_one_by_one(model, temperature):
         assert len(answer) == 30 or answer[-1] in range(20, 36)
 
 
-def test_what_may_be_drawn_is_what_transformers_draws_from():
+def test_what_may_be_drawn_is_what_transformers_draws_from() -> None:
     scores = torch.randn(1, 300) * 3
     for temperature, top_k, top_p in ((0.7, 0, 0.9), (1.3, 20, 1.0), (0.2, 50, 0.5), (2.0, 7, 0.3)):
         expected = TemperatureLogitsWarper(temperature)(None, scores)
@@ -213,7 +224,7 @@ def test_what_may_be_drawn_is_what_transformers_draws_from():
         torch.testing.assert_close(found, expected.softmax(-1)[0], atol=1e-6, rtol=1e-5)
 
 
-def test_draws_follow_the_probabilities():
+def test_draws_follow_the_probabilities() -> None:
     probabilities = torch.tensor([0.5, 0.3, 0.15, 0.05])
     generator = torch.Generator().manual_seed(0)
     sampling = Sampling(temperature=1.0)
@@ -222,7 +233,7 @@ def test_draws_follow_the_probabilities():
     torch.testing.assert_close(shares, probabilities, atol=0.03, rtol=0)  # 4 sigma
 
 
-def test_the_seed_decides_what_is_drawn(case, capsys):
+def test_the_seed_decides_what_is_drawn(case: Case, capsys: pytest.CaptureFixture[str]) -> None:
     def drawn(seed: int) -> str:
         drawing = ("--temperature", 1.2, "--top_p", 0.95, "--seed", seed)
         assert main(arguments(case, "--prompt", "Once", *drawing)) == 0
@@ -232,7 +243,16 @@ def test_the_seed_decides_what_is_drawn(case, capsys):
     assert drawn(1) != drawn(2)
 
 
-def test_characters_are_printed_whole_and_at_once(tiny, capsys):
+def test_every_prompt_of_a_file_has_its_own_draws(case: Case, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("Once\n" * 2 * BATCH, encoding="utf-8")
+    found = answers(case, prompts, "--temperature", 1.2)
+    assert len({row["predict"] for row in found}) > BATCH + BATCH // 2
+
+
+def test_characters_are_printed_whole_and_at_once(
+    tiny: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     tokenizer = load_tokenizer(tiny)
     text = f"a{CHINESE} \U0001f600!"
     tokens = tokenizer.backend.encode(text, add_special_tokens=False).ids
@@ -246,7 +266,7 @@ def test_characters_are_printed_whole_and_at_once(tiny, capsys):
     assert capsys.readouterr().out == text + "\n"
 
 
-def test_an_answer_cut_inside_a_character_ends_as_the_decoder_says(tiny):
+def test_an_answer_cut_inside_a_character_ends_as_the_decoder_says(tiny: Path) -> None:
     tokenizer = load_tokenizer(tiny)
     tokens = tokenizer.backend.encode(CHINESE, add_special_tokens=False).ids[:-1]
     pieces = list(stream(tokens, tokenizer.decode))
@@ -271,7 +291,14 @@ def test_an_answer_cut_inside_a_character_ends_as_the_decoder_says(tiny):
         (["--prompt", "x", "--adapter_name_or_path", "."], "adapter_config.json: no such file"),
     ],
 )
-def test_wrong_requests_are_refused(tiny, tmp_path, monkeypatch, capsys, more, message):
+def test_wrong_requests_are_refused(
+    tiny: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    more: list[str],
+    message: str,
+) -> None:
     shutil.copytree(tiny, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     rows = [{"prompt": "x"}, {"text": "x"}, {"messages": [{"role": "assistant", "content": "x"}]}]
@@ -283,7 +310,9 @@ def test_wrong_requests_are_refused(tiny, tmp_path, monkeypatch, capsys, more, m
     assert sorted(tmp_path.iterdir()) == before
 
 
-def test_a_model_larger_than_the_memory_is_refused(tiny, tmp_path, capsys):
+def test_a_model_larger_than_the_memory_is_refused(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for file in tiny.glob("*.json"):
         shutil.copy(file, tmp_path)
     layers = 200
