@@ -21,12 +21,14 @@ from rows import (
 )
 
 from minilora.config import RequestError
+from minilora.data.records import Tally
 
 
 def test_plain_text_has_a_document_per_line(tmp_path: Path) -> None:
     path = tmp_path / "book.txt"
     path.write_bytes("\ufefffirst \u2028 line\r\n\n  \n third\x0c\n".encode())
-    found, _ = read([path], tmp_path, stage="pt")
+    found, tally = read([path], tmp_path, stage="pt")
+    assert tally == Tally(2, {})
     assert turns(found) == [[("text", "first \u2028 line")], [("text", " third\x0c")]]
     assert [row.source for row in found] == [f"{path}:1", f"{path}:4"]
     (problem,) = problems_of([path], tmp_path)

@@ -154,3 +154,32 @@ def test_rows_that_the_template_refuses_are_dropped_and_counted(tokenizer: Token
     ((reason, places),) = tally.dropped.items()
     assert "only supports single tool-calls at once" in reason
     assert places == ("data.jsonl:3",)
+
+
+def test_tokens_may_reach_over_the_start_of_an_answer(tmp_path: Path) -> None:
+    text = (
+        "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    template = template_of(tmp_path, text)
+    oracle: Any = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    conversation = talk("hello", "lazy dog", "hello", "fox")
+    (sample,), _ = template.encode([conversation], cutoff_len=999)
+    expected = oracle.apply_chat_template(messages_of(conversation))["input_ids"]
+    assert sample[0].tolist() == expected
+    # " lazy" is one token, and begins before the answer does.
+    shown = "user: hello\nassistant: lazy[[ dog\n]]user: hello\nassistant: fox[[\n]]"
+    assert show(template.tokenizer, sample) == f"<|begin_of_text|>{shown}"
+    special = talk("<|eot_id|> hello", "lazy dog", "hello", "fox")
+    (sample,), _ = template.encode([special], cutoff_len=999)
+    shown = shown.replace("user: hello", "user: <|eot_id|> hello", 1)
+    assert show(template.tokenizer, sample) == f"<|begin_of_text|>{shown}"
+
+
+def test_llama3_tokens_never_reach_over_the_start_of_an_answer(tokenizer: Tokenizer) -> None:
+    header, answer = "<|end_header_id|>\n\n", "\n\ndog"
+    (sample,), _ = make_template("llama3", tokenizer).encode([talk("q", answer)], cutoff_len=99)
+    apart = tokenizer.backend.encode("\n\n").ids + tokenizer.backend.encode(answer).ids
+    assert apart != tokenizer.backend.encode("\n\n" + answer).ids  # else the case is not tried
+    assert sample[0].tolist()[-len(apart) - 1 : -1] == apart
+    assert f"{header}[[{answer}" in show(tokenizer, sample)

@@ -10,7 +10,7 @@ from tokenizers import models, pre_tokenizers, trainers
 
 from minilora.config import RequestError
 from minilora.data.chat import make_template
-from minilora.data.tokenizer import Tokenizer, load_tokenizer
+from minilora.data.tokenizer import Rendered, Tokenizer, encode, load_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -68,3 +68,15 @@ def test_stop_tokens(folder: Path, tokenizer: Tokenizer, tmp_path: Path) -> None
     assert list(make_template("llama3", base).stop_ids) == ids
     with pytest.raises(RequestError, match="no chat template"):
         make_template(None, base)
+
+
+def test_of_special_tokens_that_begin_alike_the_longest_is_taken(tmp_path: Path) -> None:
+    path = write_folder(tmp_path) / "tokenizer.json"
+    backend = Backend.from_file(str(path))
+    backend.no_truncation()
+    backend.add_special_tokens(["<x", "<x>", "<x>>"])
+    backend.save(str(path))
+    text = "a<x>b<x>><x c"
+    ((found, ends),) = encode(load_tokenizer(tmp_path), [Rendered([text])], joined=True)
+    assert found == backend.encode(text, add_special_tokens=False).ids
+    assert ends == [len(found)]
