@@ -58,7 +58,7 @@ install() {
     DS_BUILD_OPS=0 "$venv/bin/python" -m pip install --quiet --disable-pip-version-check \
         --constraint "$here/constraints.txt" --editable "${here}[$extra]" >"$venv/install.log" 2>&1 ||
         fail "pip could not install, is there a network?" \
-            "$(grep '^ERROR' "$venv/install.log" | tail -n 1) (all of it: $venv/install.log)"
+            "$(grep --only-matching --max-count=1 'ERROR.*' "$venv/install.log") ($venv/install.log)"
     echo "$wanted" >"$venv/installed-$extra"
 }
 
