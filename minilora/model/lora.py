@@ -50,28 +50,33 @@ class LoraShape:
 class LoraLinear(nn.Module):
     """A linear layer that keeps its own frozen `weight` and gains lora_A (R, in), lora_B (out, R).
 
-    The base parameter's name does not change. Input (N, in), output (N, out), no fp32 copy of the
-    input is made.
+    The base parameter's name does not change. Input (N, in), output (N, out). The pair may be kept
+    in fp32 beside a bf16 base: it is cast to the input's dtype, never the input to fp32.
     """
 
-    def __init__(self, base: Linear, shape: LoraShape, seed: int, dropout: SeededDropout | None):
+    def __init__(
+        self,
+        base: Linear,
+        shape: LoraShape,
+        seed: int,
+        dtype: torch.dtype,
+        dropout: SeededDropout | None,
+    ) -> None:
         super().__init__()
         self.weight, self.bias = base.weight, base.bias
         self.scaling = shape.scaling
         self.dropout = dropout
         a = _kaiming_uniform(shape.rank, base.in_features, seed)
         b = torch.zeros(base.out_features, shape.rank)
-        self.lora_A, self.lora_B = (
-            nn.Parameter(a.to(base.weight)),
-            nn.Parameter(b.to(base.weight)),
-        )
+        self.lora_A = nn.Parameter(a.to(base.weight.device, dtype))
+        self.lora_B = nn.Parameter(b.to(base.weight.device, dtype))
 
     def forward(self, x: Tensor) -> Tensor:
         output = F.linear(x, self.weight, self.bias)  # (N, out)
         if self.dropout is not None and self.training:
             x = self.dropout(x)
-        low = F.linear(x, self.lora_A)  # (N, R)
-        return torch.addmm(output, low, self.lora_B.T, alpha=self.scaling)
+        low = F.linear(x, self.lora_A.to(x.dtype))  # (N, R)
+        return torch.addmm(output, low, self.lora_B.T.to(x.dtype), alpha=self.scaling)
 
 
 def _kaiming_uniform(rank: int, in_features: int, seed: int) -> Tensor:
@@ -99,8 +104,10 @@ def resolve_targets(lora_target: str | Sequence[str], known: Sequence[str]) -> t
     return tuple(name for name in known if name in named)
 
 
-def inject(model: Llama, shape: LoraShape, seed: int) -> None:
+def inject(model: Llama, shape: LoraShape, seed: int, dtype: torch.dtype = torch.float32) -> None:
     """Freeze the model and put a LoraLinear in place of every linear layer that is targeted.
+
+    dtype: of the new parameters.
 
     Each lora_A depends on the seed and its layer's name alone: the same on every rank, whatever
     the number of ranks. lora_B is zero, so the model computes what it did before.
@@ -115,11 +122,8 @@ def inject(model: Llama, shape: LoraShape, seed: int) -> None:
                 if isinstance(child, Linear) and name in shape.targets:
                     digest = hashlib.sha256(f"{seed} {index} {name}".encode()).digest()
                     layer_seed = int.from_bytes(digest[:8], "little") >> 1
-                    setattr(
-                        parent,
-                        name,
-                        LoraLinear(child, shape, layer_seed, block.dropout),
-                    )
+                    layer = LoraLinear(child, shape, layer_seed, dtype, block.dropout)
+                    setattr(parent, name, layer)
 
 
 def lora_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

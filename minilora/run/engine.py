@@ -16,6 +16,14 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
+)
 from torch import Tensor, nn
 
 from minilora.config import RunError, TrainSettings
@@ -24,6 +32,8 @@ from minilora.files.weights import Checkpoint, Piece, read_pieces
 from minilora.model.llama import Block, Llama, document_tiles
 from minilora.model.lora import LoraShape, inject, lora_parameters
 from minilora.run.ds_config import zero_stage
+
+MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, by torch's names
 
 
 class World:
@@ -99,6 +109,10 @@ class Engine:
         self.world, self.shape = world, plan.checkpoint.shape
         self.stage = zero_stage(plan.ds_config)
         self.dtype = torch.bfloat16 if wants_bf16(plan.train) else torch.float32
+        # From stage 1 on DeepSpeed keeps the fp32 master of bf16 parameters, by name. At stage 0
+        # its wrapper has no names, so there the trained parameters are their own master.
+        self.trained_dtype = self.dtype if self.stage else torch.float32
+        ds_config = plan.ds_config | ({} if self.stage else {"bf16": {"enabled": False}})
         self.model = self._build(plan)
         self.bytes_read = read_pieces(plan.checkpoint, self._pieces())
         for name, parameter in lora_parameters(self.model):
@@ -117,7 +131,7 @@ class Engine:
         )
         self.adam.register_step_pre_hook(lambda *_: self._check_norm())
         self.engine, *_ = deepspeed.initialize(
-            model=self.model, optimizer=self.adam, config=plan.ds_config, dist_init_required=False
+            model=self.model, optimizer=self.adam, config=ds_config, dist_init_required=False
         )
         self.engine.train()
         self.grad_norm = 0.0
@@ -155,8 +169,62 @@ class Engine:
     def trained_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Name and fp32 master copy, on the CPU, of each trained parameter. Collective."""
         for name, parameter in lora_parameters(self.model):
-            full = deepspeed.utils.safe_get_full_fp32_param(parameter)
-            yield name, (parameter if full is None else full).detach().float().cpu().clone()
+            full = safe_get_full_fp32_param(parameter) if self.stage else parameter
+            yield name, full.detach().cpu().clone()
+
+    def moments(self) -> Iterator[tuple[str, Tensor]]:
+        """AdamW's moments as `NAME.exp_avg` and `NAME.exp_avg_sq`, fp32, CPU. Collective."""
+        for name, parameter in lora_parameters(self.model):
+            for moment in MOMENTS:
+                if self.stage:
+                    full = safe_get_full_optimizer_state(parameter, moment)
+                else:
+                    full = self.adam.state[parameter][moment]
+                yield f"{name}.{moment}", full.detach().cpu().clone()
+
+    def restore(self, tensors: Mapping[str, Tensor], steps: int) -> None:
+        """Put back masters and moments after `steps` steps, whatever the stage they come from."""
+        for flat in self._optimized():
+            zeros = {moment: torch.zeros_like(flat) for moment in MOMENTS}
+            self.adam.state[flat] = {"step": torch.tensor(float(steps)), **zeros}
+        if self.stage in (1, 2):
+            self.engine.optimizer._lazy_init_hp_params_optimizer_state()
+        for name, parameter in lora_parameters(self.model):
+            moments = {moment: tensors[f"{name}.{moment}"] for moment in MOMENTS}
+            start, kept = self._partition(parameter)
+            kept.copy_(tensors[name].view(-1)[start : start + len(kept)])
+            if self.stage == 3:
+                self._restore_partition(parameter, tensors[name], moments)
+            elif self.stage:
+                safe_set_full_fp32_param(parameter, tensors[name])
+                for moment, value in moments.items():
+                    safe_set_full_optimizer_state(parameter, value, moment)
+            else:
+                for moment, value in moments.items():
+                    self.adam.state[parameter][moment].copy_(value)
+
+    def _optimized(self) -> list[Tensor]:
+        """The tensors that AdamW sees: DeepSpeed's flat fp32 partitions, or the parameters."""
+        if self.stage == 3:
+            return list(self.engine.optimizer.fp32_partitioned_groups_flat)
+        return [tensor for group in self.adam.param_groups for tensor in group["params"]]
+
+    def _restore_partition(
+        self, parameter: Any, full: Tensor, moments: Mapping[str, Tensor]
+    ) -> None:
+        """Stage 3: this rank's part of each, padded as DeepSpeed pads the last ranks' parts."""
+        size = parameter.ds_tensor.ds_numel
+        rows = slice(self.world.rank * size, (self.world.rank + 1) * size)
+        parts = {
+            key: nn.functional.pad(part, (0, size - len(part)))
+            for key, value in {"": full, **moments}.items()
+            for part in (value.view(-1)[rows],)
+        }
+        safe_set_local_fp32_param(parameter, parts.pop(""))
+        for moment, part in parts.items():
+            safe_set_local_optimizer_state(parameter, part, moment)
+        if parameter.data.numel() == full.numel():  # held whole by every rank between steps
+            parameter.data.copy_(full)
 
     def _check_norm(self) -> None:
         """DeepSpeed has the global norm, the same on all ranks, before it updates anything."""
@@ -172,7 +240,7 @@ class Engine:
         try:
             with self._placement(plan.ds_config):
                 model = Llama(self.shape, plan.recompute)
-                inject(model, plan.lora, plan.train.seed)
+                inject(model, plan.lora, plan.train.seed, self.trained_dtype)
         finally:
             torch.set_default_dtype(default)
         return model
@@ -191,7 +259,7 @@ class Engine:
                 if len(kept):
                     yield Piece(name, start, kept)
 
-    def _partition(self, parameter: nn.Parameter) -> tuple[int, Tensor]:
+    def _partition(self, parameter: Any) -> tuple[int, Tensor]:
         """What this rank keeps of a parameter: the first element's place, and the elements."""
         if self.stage < 3:
             return 0, parameter.data.view(-1)
@@ -201,10 +269,10 @@ class Engine:
         return start, parameter.ds_tensor.data[:count]
 
 
-class _Partitioned(deepspeed.zero.Init):
+class _Partitioned(deepspeed.zero.Init):  # type: ignore[misc]
     """zero.Init without the broadcast from rank 0 of values that are about to be read."""
 
-    def _zero_init_param(self, param: nn.Parameter) -> None:
+    def _zero_init_param(self, param: Any) -> None:
         self._convert_to_deepspeed_param(param)
         param.partition()
 
