@@ -140,7 +140,8 @@ HEADER = (
 CORPUS = (
     "The quick brown fox jumps over the lazy dog. What is it? It is a dog, hello there! "
     "Cutting Knowledge Date: December 2023 user assistant system ipython parameters\n\n"
-    "Answer:\n\n\nyes. caf\u00e9 na\u00efve \u4f60\u597d\u4e16\u754c eot_id begin_of_text fox\n\n\n\ndog "
+    "Answer:\n\n\nyes. caf\u00e9 na\u00efve \u4f60\u597d\u4e16\u754c "
+    "eot_id begin_of_text fox\n\n\n\ndog "
 )
 
 
