@@ -244,3 +244,28 @@ def test_an_empty_schedule_is_refused() -> None:
         schedule(count=0)
     with pytest.raises(ValueError, match="rows per step"):
         schedule(rows_per_step=0)
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_a_resumed_schedule_goes_on_with_the_very_next_document(packing: bool) -> None:
+    lengths = np.random.default_rng(5).integers(5, 90, 47)
+    fields = {"packing": packing, "cutoff_len": 60, "num_train_epochs": 2.4}
+    whole = Schedule(lengths, 7, 6, **fields)
+    consumed = 0
+    for step in range(whole.total_steps):
+        rest = Schedule(lengths, 7, 6, **fields, done_steps=step, done_rows=consumed)
+        assert rest.total_steps == whole.total_steps
+        for later in range(step, whole.total_steps):
+            assert rest.rows(later).tolist() == whole.rows(later).tolist()
+            assert rest.epoch(later) == whole.epoch(later)
+        consumed += len(whole.rows(step))
+
+
+def test_a_resumed_schedule_with_another_step_size_loses_and_repeats_no_document() -> None:
+    lengths = np.full(47, 10)
+    whole = Schedule(lengths, 7, 6, num_train_epochs=2)
+    done = [row for step in range(3) for row in whole.rows(step)]
+    rest = Schedule(lengths, 7, 4, num_train_epochs=2, done_steps=3, done_rows=len(done))
+    later = [row for step in range(3, rest.total_steps) for row in rest.rows(step)]
+    everything = [row for step in range(whole.total_steps) for row in whole.rows(step)]
+    assert done + later == everything

@@ -1,7 +1,7 @@
 """The order in which epochs visit the documents, cut into optimizer steps."""
 
 import math
-from bisect import bisect_left
+from bisect import bisect_right
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,8 +16,9 @@ class Schedule:
 
     lengths: (n,) int64, tokens per document. A step takes the next `rows_per_step` documents of the
     epoch's permutation; with packing as many as fit into rows_per_step * cutoff_len tokens, at
-    least one. The last step of an epoch takes what is left. Raises ValueError without documents or
-    with fewer than one row per step.
+    least one. The last step of an epoch takes what is left. done_steps, done_rows: where a resumed
+    run goes on, documents counted over all epochs. Raises ValueError without documents or with
+    fewer than one row per step.
     """
 
     lengths: Int64s
@@ -28,8 +29,10 @@ class Schedule:
     num_train_epochs: float = 3.0
     max_steps: int = -1
     disable_shuffling: bool = False
-    _ends: list[int] = field(default_factory=lambda: [0], init=False, repr=False, compare=False)
-    _latest: dict[int, list[Int64s]] = field(
+    done_steps: int = 0
+    done_rows: int = 0
+    _ends: list[int] = field(default_factory=list, init=False, repr=False, compare=False)
+    _latest: dict[int, tuple[list[Int64s], int]] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
 
@@ -47,49 +50,73 @@ class Schedule:
             return self.max_steps
         whole = math.floor(self.num_train_epochs)
         part = self.num_train_epochs - whole
-        # Rounded, since 0.1 of 10 steps is one step though 1.1 - 1 is a little more than 0.1.
-        extra = math.ceil(round(part * self.steps_per_epoch(whole), 6)) if part else 0
-        return self._steps_before(whole) + extra
+        total = self._steps_before(whole)
+        if part and whole >= self._first_epoch:
+            # Rounded, since 0.1 of 10 steps is one step though 1.1 - 1 is a little more than 0.1.
+            wanted = math.ceil(round(part * self.steps_per_epoch(whole), 6))
+            total += max(0, wanted - self._skipped(whole))
+        return total
 
     def steps_per_epoch(self, epoch: int) -> int:
         """Optimizer steps of this epoch; with packing it depends on the epoch's order."""
         if not self.packing:
             return math.ceil(len(self.lengths) / self.rows_per_step)
-        return self._steps_before(epoch + 1) - self._steps_before(epoch)
+        return self._steps_of(epoch)[1]
 
     def rows(self, step: int) -> Int64s:
         """Document ids of this global optimizer step (from 0), in the epoch's order: int64."""
         epoch, index = self._place(step)
-        return self._steps_of(epoch)[index]
+        return self._steps_of(epoch)[0][index]
 
     def epoch(self, step: int) -> float:
         """Epochs done after this step (from 0), with the fraction of the current one."""
         epoch, index = self._place(step)
-        return epoch + (index + 1) / self.steps_per_epoch(epoch)
+        return epoch + (self._skipped(epoch) + index + 1) / self.steps_per_epoch(epoch)
+
+    @property
+    def _first_epoch(self) -> int:
+        """The epoch in which the next document lies."""
+        return self.done_rows // len(self.lengths)
+
+    def _skipped(self, epoch: int) -> int:
+        """Steps of this epoch that were done before."""
+        if epoch > self._first_epoch or not self.done_rows:
+            return 0
+        steps, whole = self._steps_of(epoch)
+        return whole - len(steps)
 
     def _place(self, step: int) -> tuple[int, int]:
-        """Epoch of a step, and the step's index in it."""
-        if not self.packing:
-            return divmod(step, self.steps_per_epoch(0))
-        while self._ends[-1] <= step:
-            self._steps_before(len(self._ends))
-        epoch = bisect_left(self._ends, step + 1) - 1
-        return epoch, step - self._ends[epoch]
+        """Epoch of a step not done yet, and the step's index among those left of it."""
+        assert step >= self.done_steps, f"step {step} of {self.done_steps} done ones"
+        while not self._ends or self._ends[-1] <= step:
+            self._steps_before(self._first_epoch + len(self._ends) + 1)
+        epoch = self._first_epoch + bisect_right(self._ends, step)
+        return epoch, step - self._steps_before(epoch)
 
     def _steps_before(self, epoch: int) -> int:
         """Steps of all epochs before this one."""
-        if not self.packing:
-            return epoch * self.steps_per_epoch(0)
-        while len(self._ends) <= epoch:
-            self._ends.append(self._ends[-1] + len(self._steps_of(len(self._ends) - 1)))
-        return self._ends[epoch]
+        first = self._first_epoch
+        while len(self._ends) <= epoch - first:
+            before = self._ends[-1] if self._ends else self.done_steps
+            at = first + len(self._ends)
+            if at == first or self.packing:
+                self._ends.append(before + len(self._steps_of(at)[0]))
+            else:
+                self._ends.append(before + self.steps_per_epoch(at))
+        return self._ends[epoch - first - 1] if epoch > first else self.done_steps
 
-    def _steps_of(self, epoch: int) -> list[Int64s]:
-        """The epoch's documents, cut into steps; only the latest epoch asked for is kept."""
+    def _steps_of(self, epoch: int) -> tuple[list[Int64s], int]:
+        """What is left of an epoch, cut into steps, and how many steps the whole of it has.
+
+        Only the latest epoch asked for is kept.
+        """
         if epoch not in self._latest:
             order = self._order(epoch)
+            whole = len(self._cuts(order)) + 1
+            if epoch == self._first_epoch:
+                order = order[self.done_rows % len(order) :]
             self._latest.clear()
-            self._latest[epoch] = np.split(order, self._cuts(order))
+            self._latest[epoch] = np.split(order, self._cuts(order)), whole
         return self._latest[epoch]
 
     def _order(self, epoch: int) -> Int64s:
