@@ -149,6 +149,9 @@ class TrainSettings:
     save_total_limit: int | None = setting(
         None, "Keep only the newest N snapshots. Default: all.", at_least=1
     )
+    resume_from_checkpoint: str | None = setting(
+        None, "true: go on from the newest snapshot in output_dir, if any; or a snapshot's folder."
+    )
     plot_loss: bool = setting(True, "Draw training_loss.png (on is ours; needs matplotlib).")
     deepspeed: str | None = setting(
         None, "DeepSpeed's JSON file. Default: the zero3.json that comes with minilora."

@@ -20,7 +20,6 @@ NOT_YET: Mapping[str, str] = {
     "load_best_model_at_end": "choosing the best snapshot",
     "loraplus_lr_ratio": "LoRA+",
     "offload_activations": "activations in host memory",
-    "resume_from_checkpoint": "resuming",
     "use_dora": "DoRA",
     "use_rslora": "rsLoRA",
     "val_size": "validation",

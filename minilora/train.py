@@ -9,44 +9,55 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NoReturn
 
 from torch import Tensor
 
+from minilora import __version__
 from minilora.arguments import read_settings
 from minilora.config import RequestError, RunError, Settings, TrainSettings
 from minilora.data.batches import Documents
 from minilora.data.prepare import prepare
 from minilora.data.schedule import Schedule
 from minilora.files.adapter import CONFIG, read_adapter, read_adapter_shape
-from minilora.files.weights import read_checkpoint
+from minilora.files.snapshot import State, differences, find_snapshot, read_state, read_tensors
+from minilora.files.weights import fingerprint, read_checkpoint
 from minilora.model.lora import LoraShape, resolve_targets
 from minilora.model.shape import LlamaShape
 from minilora.run.ds_config import Facts, find_ds_config, resolve_ds_config
-from minilora.run.engine import Engine, Plan, World, wants_bf16
+from minilora.run.engine import MOMENTS, Engine, Plan, World, wants_bf16
 from minilora.run.loop import Job, train
-from minilora.run.report import LOG, Report
+from minilora.run.report import LOG, Report, Totals
+from minilora.run.stop import Stopped
 
+# Settings of training that must not change between a snapshot and the run that goes on from it.
+UNCHANGING = (
+    "learning_rate", "lr_scheduler_type", "warmup_ratio", "warmup_steps", "weight_decay",
+    "max_grad_norm", "adam_beta1", "adam_beta2", "adam_epsilon", "seed", "disable_shuffling",
+)  # fmt: skip
 # Seconds that the other ranks leave to rank 0 for its message; the launcher ends them sooner.
 LAST_WORDS = 20
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command. Returns 0 done, 1 the run failed, 2 the request is wrong."""
+    """Run the command. Returns 0 done, 1 the run failed, 2 the request is wrong, 128 + signal."""
     try:
         run(read_settings(sys.argv[1:] if argv is None else argv, "train"))
     except RequestError as error:
         return _refuse(2, error.problems)
     except RunError as error:
         return _refuse(1, [str(error)])
+    except Stopped as stopped:
+        return _refuse(128 + stopped.number, [str(stopped)])
     return 0
 
 
 def run(settings: Settings) -> None:
     """Check everything, build, train, save.
 
-    Raises RequestError before the first step, RunError for what happens in the run.
+    Raises RequestError before the first step, RunError or Stopped for what happens in the run.
     """
     plan = check(settings)
     world = World(settings.train)
@@ -58,6 +69,7 @@ def run_in(world: World, settings: Settings, plan: Plan) -> None:
     """Train in processes that are there already. Collective."""
     options = settings.train
     documents, notes = _documents(world, settings)
+    snapshot, start = _start(settings, plan, documents)
     schedule = Schedule(
         documents.lengths,
         seed=options.seed,
@@ -69,15 +81,50 @@ def run_in(world: World, settings: Settings, plan: Plan) -> None:
         num_train_epochs=options.num_train_epochs,
         max_steps=options.max_steps,
         disable_shuffling=options.disable_shuffling,
+        done_steps=start.step,
+        done_rows=start.rows,
     )
     engine = Engine(world, plan)
+    if snapshot is not None:
+        engine.restore(_saved_tensors(snapshot, plan), start.step)
+        notes = [f"going on from {snapshot}, step {start.step} ({start.info})", *notes]
     if world.rank == 0:
         lines = (*settings.notices, *notes, *_facts(world, engine, plan, schedule))
         print(*lines, sep="\n", file=sys.stderr, flush=True)
-    with Report(options, schedule.total_steps, active=world.rank == 0) as report:
-        train(world, engine, Job(settings, documents, schedule, plan.lora), report)
+    info = {"ranks": world.size, "stage": engine.stage, "version": __version__}
+    totals = Totals(**start.totals)
+    with Report(options, schedule.total_steps, world.rank == 0, totals) as report:
+        job = Job(settings, documents, schedule, plan.lora, replace(start, info=info))
+        train(world, engine, job, report)
         report.finish()
         report.message(f"the adapter is in {options.output_dir}")
+
+
+def _start(settings: Settings, plan: Plan, documents: Documents) -> tuple[Path | None, State]:
+    """The snapshot to go on from and where it stood; or None and the beginning."""
+    same = {
+        "base weights": fingerprint(plan.checkpoint),
+        "data": documents.fingerprint(),
+        "lora": asdict(plan.lora),
+        "packing": settings.packs,
+        **{key: getattr(settings.train, key) for key in UNCHANGING},
+    }
+    assert settings.train.output_dir
+    output = Path(settings.train.output_dir)
+    folder = find_snapshot(output, settings.train.resume_from_checkpoint)
+    if folder is None:
+        return None, State(0, 0, {}, same, {})
+    state = read_state(folder)
+    problems = differences(state, same, folder)
+    if problems:
+        raise RequestError(problems)
+    return folder, state
+
+
+def _saved_tensors(snapshot: Path, plan: Plan) -> dict[str, Tensor]:
+    shapes = plan.lora.parameter_shapes(plan.checkpoint.shape)
+    moments = {f"{name}.{moment}": size for name, size in shapes.items() for moment in MOMENTS}
+    return read_tensors(snapshot, shapes | moments)
 
 
 def check(settings: Settings) -> Plan:
@@ -127,7 +174,10 @@ def _check_output(settings: TrainSettings) -> None:
         (folder / name).exists() for name in (LOG, CONFIG)
     ):
         raise RequestError(
-            [f"output_dir: {folder} holds a run; name another, or set overwrite_output_dir: true"]
+            [
+                f"output_dir: {folder} holds a run; name another, go on with it "
+                "(resume_from_checkpoint: true), or set overwrite_output_dir: true"
+            ]
         )
 
 

@@ -11,6 +11,8 @@ weights, and the bytes that each optimizer step gathered.
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ import torch
 from minilora.arguments import read_settings
 from minilora.model.lora import lora_parameters
 from minilora.run.engine import Engine, World
+from minilora.run.stop import Stopped
 from minilora.train import check, leave, run_in
 
 GATHERED: list[int] = [0]
@@ -51,12 +54,15 @@ class Watch:
         self.bytes_read = 0
         self.weights: dict[str, torch.Tensor] = {}
         self.keep_weights = False
+        self.stop_after: int | None = None
         step, build = Engine.step, Engine.__init__
 
         def watched_step(engine: Engine, rate: float) -> float:
             norm = step(engine, rate)
             self.steps.append(GATHERED[0])
             GATHERED[0] = 0
+            if len(self.steps) + 1 == self.stop_after:
+                os.kill(os.getpid(), signal.SIGTERM)  # noticed in the next step, the last one
             return norm
 
         def watched_build(engine: Engine, *args: Any) -> None:
@@ -86,11 +92,15 @@ def main() -> None:
     watch, world = Watch(), None
     for job in jobs:
         watch.keep_weights = job.pop("keep_weights", False)
+        watch.stop_after = job.pop("stop_after", None)
         words = [f"--{key}={value}" for key, value in job.items()]
         settings = read_settings(words, "train")
         plan = check(settings)
         world = world or World(settings.train)
-        run_in(world, settings, plan)
+        try:
+            run_in(world, settings, plan)
+        except Stopped as stopped:
+            assert watch.stop_after == len(watch.steps), stopped
         costs = world.gather_objects({"bytes_read": watch.bytes_read, "gathered": watch.steps})
         output = Path(job["output_dir"])
         if world.rank == 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping
@@ -111,6 +112,13 @@ def read_pieces(checkpoint: Checkpoint, pieces: Iterable[Piece]) -> int:
             piece.destination.copy_(numbers)
             total += numbers.nbytes
     return total
+
+
+def fingerprint(checkpoint: Checkpoint) -> str:
+    """Tells checkpoints apart: a digest of the final norm, which every fine-tune moves."""
+    norm = torch.empty(checkpoint.shape.hidden_size)
+    read_pieces(checkpoint, [Piece("model.norm.weight", 0, norm)])
+    return hashlib.sha256(norm.numpy().tobytes()).hexdigest()
 
 
 def read_json(path: Path) -> dict[str, Any]:

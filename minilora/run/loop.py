@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+import signal
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
@@ -13,93 +15,106 @@ from minilora.config import RunError, Settings
 from minilora.data.batches import Documents, Place, Step, TileLimits, build_step
 from minilora.data.schedule import Schedule
 from minilora.files.adapter import check_adapter, write_adapter
+from minilora.files.snapshot import State, prune, write_snapshot
 from minilora.model.lora import LoraShape
 from minilora.run.engine import Engine, World
 from minilora.run.memory import read_memory
 from minilora.run.report import Report, StepRecord
 from minilora.run.schedule import learning_rate
+from minilora.run.stop import Stopped, StopRequest
 
 
 @dataclass(frozen=True)
 class Job:
-    """What is trained on, how, and where it goes."""
+    """What is trained on, how, where it goes, and where it starts."""
 
     settings: Settings
     documents: Documents
     schedule: Schedule
     lora: LoraShape
+    start: State
 
     @property
     def output(self) -> Path:
         assert self.settings.train.output_dir is not None
         return Path(self.settings.train.output_dir)
 
+    @property
+    def base(self) -> Path:
+        assert self.settings.model.model_name_or_path is not None
+        return Path(self.settings.model.model_name_or_path)
+
 
 def train(world: World, engine: Engine, job: Job, report: Report) -> None:
-    """Run all steps, save on the way, and leave a checked adapter in output_dir.
+    """Run all steps, take snapshots on the way, and leave a checked adapter in output_dir.
 
-    Raises RunError on every rank for a loss or gradient that is not finite, a disk that cannot be
-    written, or an adapter that did not learn.
+    Raises, on every rank, RunError for a loss or gradient that is not finite, a disk that cannot
+    be written, or an adapter that did not learn; Stopped after a signal, the snapshot written.
     """
-    settings, total = job.settings.train, job.schedule.total_steps
-    limits = TileLimits(settings.tile_tokens, settings.gather_tokens)
-    place = Place(world.rank, world.size)
-    for step in range(total):
-        rows = job.schedule.rows(step)
-        batch = build_step(
-            job.documents, rows, step=step, place=place, limits=limits, seed=settings.seed
-        )
-        # DeepSpeed averages gradients over ranks, so this makes them the mean over all tokens.
-        scale = world.size / max(batch.labelled, 1)
-        last = len(batch.spans) - 1
-        losses = [
-            engine.forward_backward(span, scale, last=index == last)
-            for index, span in enumerate(batch.spans)
-        ]
-        loss, memory = _share(world, sum(map(float, losses)), step, batch)
-        rate = learning_rate(step, total, settings)
-        norm = engine.step(rate)
-        record = StepRecord(
-            step=step + 1,
-            loss=loss,
-            labelled=batch.labelled,
-            tokens=batch.tokens,
-            documents=len(rows),
-            grad_norm=norm,
-            learning_rate=rate,
-            epoch=job.schedule.epoch(step),
-            memory=memory,
-        )
-        report.step(record)
-        if _save_is_due(job, step):
-            save(world, engine, job, job.output / f"checkpoint-{step + 1}")
-    save(world, engine, job, job.output)
+    state, kept = job.start, None
+    try:
+        with StopRequest() as stop:
+            for step in range(job.start.step, job.schedule.total_steps):
+                record, number = _step(world, engine, job, step, stop)
+                state = replace(state, step=step + 1, rows=state.rows + record.documents)
+                _on_rank0(world, partial(report.step, record), report.writes_at(step + 1))
+                if number or _save_is_due(job, step):
+                    kept = snapshot(world, engine, job, replace(state, totals=vars(report.totals)))
+                if number:
+                    name = signal.Signals(number).name
+                    raise Stopped(number, f"{name}: stopped after step {step + 1}")
+        finish(world, engine, job)
+    except (RunError, Stopped) as error:
+        if kept is None:
+            raise
+        advice = f"the last snapshot is {kept}; --resume_from_checkpoint true goes on from there"
+        error.args = (f"{error}; {advice}",)
+        raise
 
 
-def save(world: World, engine: Engine, job: Job, folder: Path) -> None:
-    """Write and check the adapter on rank 0. Collective; raises RunError on every rank."""
-    tensors = dict(engine.trained_tensors())
-    problem = None
-    if world.rank == 0:
-        try:
-            _check_learned(tensors)
-            base = job.settings.model.model_name_or_path
-            assert base is not None
-            write_adapter(folder, tensors, job.lora, Path(base))
-            check_adapter(folder, tensors)
-        except OSError as error:
-            problem = f"{folder} cannot be written: {error.strerror}"
-        except RunError as error:
-            problem = str(error)
-    problem = world.gather_objects(problem)[0]
-    if problem:
-        raise RunError(problem)
+def _step(
+    world: World, engine: Engine, job: Job, step: int, stop: StopRequest
+) -> tuple[StepRecord, int]:
+    """One optimizer step. Returns what it did, and the signal that some rank got, or 0."""
+    settings, rows = job.settings.train, job.schedule.rows(step)
+    batch = build_step(
+        job.documents,
+        rows,
+        step=step,
+        place=Place(world.rank, world.size),
+        limits=TileLimits(settings.tile_tokens, settings.gather_tokens),
+        seed=settings.seed,
+    )
+    # DeepSpeed averages gradients over ranks, so this makes them the mean over all tokens.
+    scale = world.size / max(batch.labelled, 1)
+    last = len(batch.spans) - 1
+    losses = [
+        engine.forward_backward(span, scale, last=index == last)
+        for index, span in enumerate(batch.spans)
+    ]
+    loss, number, memory = _share(world, sum(map(float, losses)), stop, step, batch)
+    rate = learning_rate(step, job.schedule.total_steps, settings)
+    norm = engine.step(rate)
+    record = StepRecord(
+        step=step + 1,
+        loss=loss,
+        labelled=batch.labelled,
+        tokens=batch.tokens,
+        documents=len(rows),
+        grad_norm=norm,
+        learning_rate=rate,
+        epoch=job.schedule.epoch(step),
+        memory=memory,
+    )
+    return record, number
 
 
-def _share(world: World, local: float, step: int, batch: Step) -> tuple[float, dict[str, float]]:
-    """The mean loss over all ranks' tokens, and the memory of the worst rank."""
+def _share(
+    world: World, local: float, stop: StopRequest, step: int, batch: Step
+) -> tuple[float, int, dict[str, float]]:
+    """The mean loss over all ranks' tokens, a signal if any, and the memory of the worst rank."""
     memory = read_memory(world.device)
-    everyone = world.gather_numbers([local, *memory.values()])
+    everyone = world.gather_numbers([local, stop.number, *memory.values()])
     broken = [rank for rank, numbers in enumerate(everyone) if not math.isfinite(numbers[0])]
     if broken:
         rows = world.gather_objects(batch.local_rows.tolist())
@@ -108,18 +123,64 @@ def _share(world: World, local: float, step: int, batch: Step) -> tuple[float, d
             f"step {step + 1}: the loss is {everyone[rank][0]} on rank {rank}, which had the rows "
             f"{rows[rank]}; nothing was updated. Look at these rows, or lower learning_rate"
         )
-    loss = sum(numbers[0] for numbers in everyone) / world.size
-    worst = map(max, zip(*(numbers[1:] for numbers in everyone), strict=True))
-    return loss, dict(zip(memory, worst, strict=True))
+    losses, numbers, *memories = zip(*everyone, strict=True)
+    worst = dict(zip(memory, map(max, memories), strict=True))
+    return sum(losses) / world.size, int(max(numbers)), worst
+
+
+def snapshot(world: World, engine: Engine, job: Job, state: State) -> Path:
+    """Write checkpoint-N on rank 0 and delete the oldest. Collective; raises RunError."""
+    train = job.settings.train
+    adapter = dict(engine.trained_tensors())
+    moments = {} if train.save_only_model else dict(engine.moments())
+
+    def write() -> None:
+        folder = write_snapshot(job.output, state, adapter, moments, job.lora, job.base)
+        check_adapter(folder, adapter)
+        prune(job.output, train.save_total_limit)
+
+    _on_rank0(world, write)
+    return job.output / f"checkpoint-{state.step}"
+
+
+def finish(world: World, engine: Engine, job: Job) -> None:
+    """Write and check the adapter in output_dir. Collective; raises RunError."""
+    adapter = dict(engine.trained_tensors())
+
+    def write() -> None:
+        _check_learned(adapter)
+        write_adapter(job.output, adapter, job.lora, job.base)
+        check_adapter(job.output, adapter)
+
+    _on_rank0(world, write)
+
+
+def _on_rank0(world: World, work: Callable[[], None], writes: bool = True) -> None:
+    """Let rank 0 work; if it writes and cannot, every rank raises RunError. Collective then."""
+    if not writes:
+        return work()
+    problem = None
+    if world.rank == 0:
+        try:
+            work()
+        except OSError as error:
+            problem = f"{error.filename or 'output_dir'} cannot be written: {error.strerror}"
+        except RunError as error:
+            problem = str(error)
+    problem = world.gather_objects(problem)[0]
+    if problem:
+        raise RunError(problem)
 
 
 def _save_is_due(job: Job, step: int) -> bool:
-    """Whether a snapshot follows this step (from 0); the end of the run saves by itself."""
+    """Whether a snapshot follows this step (from 0); the HF Trainer too takes one at the end."""
     train = job.settings.train
-    if step + 1 == job.schedule.total_steps or train.save_strategy == "no":
+    if train.save_strategy == "no":
         return False
+    if step + 1 == job.schedule.total_steps:
+        return True
     if train.save_strategy == "epoch":
-        return int(job.schedule.epoch(step)) > (int(job.schedule.epoch(step - 1)) if step else 0)
+        return job.schedule.epoch(step).is_integer()
     return (step + 1) % train.save_steps == 0
 
 

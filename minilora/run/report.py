@@ -136,8 +136,12 @@ class Report:
         self._last_step = now
         self._bar.set_postfix_str(", ".join(shown), refresh=False)
         self._bar.update()
-        if record.step % self._train.logging_steps == 0 or record.step == self._total_steps:
+        if self.writes_at(record.step):
             self._write_line(record, now)
+
+    def writes_at(self, step: int) -> bool:
+        """Whether a log line is due after this step."""
+        return step % self._train.logging_steps == 0 or step == self._total_steps
 
     def _write_line(self, record: StepRecord, now: float) -> None:
         elapsed = now - self._start

@@ -1,0 +1,136 @@
+"""Snapshots: what a run needs to go on, by name, for any number of ranks and any ZeRO stage."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from minilora.config import RequestError
+from minilora.files.adapter import write_adapter, write_atomically
+from minilora.files.weights import read_json
+from minilora.model.lora import LoraShape
+
+STATE, TENSORS = "snapshot.json", "snapshot.safetensors"
+PREFIX, DRAFT = "checkpoint-", ".draft"
+
+
+@dataclass(frozen=True)
+class State:
+    """Where a run stands.
+
+    step: optimizer steps done; rows: documents consumed since the start, all epochs together;
+    totals: sums of the log; same: settings and fingerprints that must not change, by name;
+    info: what may change, for people (ranks, stage, versions).
+    """
+
+    step: int
+    rows: int
+    totals: dict[str, Any]
+    same: dict[str, Any]
+    info: dict[str, Any]
+
+
+def snapshot_folder(output: Path, step: int) -> Path:
+    return output / f"{PREFIX}{step}"
+
+
+def write_snapshot(
+    output: Path, state: State, adapter: Mapping[str, Tensor], moments: Mapping[str, Tensor],
+    lora: LoraShape, base: Path,
+) -> Path:  # fmt: skip
+    """Write checkpoint-N with a PEFT adapter in it, then rename it into place when it is whole.
+
+    moments: empty for an adapter alone, which cannot be resumed from. Raises OSError.
+    """
+    final = snapshot_folder(output, state.step)
+    draft = final.with_name(final.name + DRAFT)
+    shutil.rmtree(draft, ignore_errors=True)
+    write_adapter(draft, adapter, lora, base)
+    if moments:
+        write_atomically(draft / TENSORS, save({**adapter, **moments}, {"format": "pt"}))
+        write_atomically(draft / STATE, (json.dumps(asdict(state), indent=2) + "\n").encode())
+    shutil.rmtree(final, ignore_errors=True)
+    os.replace(draft, final)
+    _sync(output)
+    return final
+
+
+def prune(output: Path, keep: int | None) -> None:
+    """Delete the oldest snapshots beyond `keep`, and what dying runs left half written."""
+    for draft in output.glob(f"{PREFIX}*{DRAFT}"):
+        shutil.rmtree(draft)
+    for folder in _snapshots(output)[: -keep if keep else 0]:
+        shutil.rmtree(folder)
+
+
+def find_snapshot(output: Path, request: str | None) -> Path | None:
+    """The newest snapshot that can be resumed from for `true` (None if there is none), or a path.
+
+    Raises RequestError if a path names no snapshot.
+    """
+    if request is None or request.lower() == "false":
+        return None
+    if request.lower() == "true":
+        return next((f for f in reversed(_snapshots(output)) if (f / STATE).exists()), None)
+    if not (Path(request) / STATE).exists():
+        raise RequestError([f"resume_from_checkpoint: {request} holds no {STATE}"])
+    return Path(request)
+
+
+def read_state(folder: Path) -> State:
+    """Read where the run stood. Raises RequestError."""
+    values = read_json(folder / STATE)
+    if values.keys() != State.__dataclass_fields__.keys():
+        raise RequestError([f"{folder / STATE}: not a snapshot of this version of minilora"])
+    return State(**values)
+
+
+def read_tensors(folder: Path, expected: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """Masters and moments by name. Raises RequestError unless names and shapes are as expected."""
+    try:
+        held = load_file(folder / TENSORS)
+    except (OSError, SafetensorError) as error:
+        raise RequestError([f"{folder / TENSORS}: cannot be read: {error}"]) from None
+    shapes = {name: tuple(tensor.shape) for name, tensor in held.items()}
+    if shapes != dict(expected):
+        wrong = sorted(set(shapes.items()) ^ set(expected.items()))[0][0]
+        raise RequestError([f"{folder / TENSORS}: {wrong} is not as this run has it"])
+    return held
+
+
+def differences(state: State, same: Mapping[str, Any], folder: Path) -> list[str]:
+    """What of a run differs from the snapshot it is to go on from, a line each."""
+    return [
+        f"resume_from_checkpoint: {folder} was made with {key} = {state.same.get(key)!r}, "
+        f"this run has {value!r}"
+        for key, value in same.items()
+        if state.same.get(key) != json.loads(json.dumps(value))
+    ]
+
+
+def _snapshots(output: Path) -> list[Path]:
+    """All whole snapshots, oldest first."""
+    found = [
+        folder
+        for folder in output.glob(f"{PREFIX}*")
+        if folder.name.removeprefix(PREFIX).isdigit() and folder.is_dir()
+    ]
+    return sorted(found, key=lambda folder: int(folder.name.removeprefix(PREFIX)))
+
+
+def _sync(folder: Path) -> None:
+    """Make renames in a folder survive a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

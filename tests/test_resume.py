@@ -1,0 +1,156 @@
+"""Nothing is lost: a run that was interrupted anywhere ends as if it had not been."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from runs import Ground, adapter, log, run_jobs, stage_file
+
+from minilora.files.snapshot import DRAFT, STATE, TENSORS
+
+KILLS = Path(__file__).with_name("kills.py")
+STEPS = 12
+ROWS = 12  # of 75, so that an epoch ends after the 7th step
+Jobs = dict[Any, dict[str, Any]]
+
+
+def job(ground: Ground, name: str, stage: int, **changes: Any) -> dict[str, Any]:
+    settings = {"max_steps": STEPS, "save_steps": 1, "per_device_train_batch_size": ROWS,
+                "deepspeed": str(stage_file(ground.folder, stage)), **changes}  # fmt: skip
+    return ground.job(name, "tiny", **settings)
+
+
+@pytest.fixture(scope="session")
+def resumed(ground: Ground, launch: Callable[..., tuple[int, str]]) -> Jobs:
+    """A run of 12 steps with a snapshot at each, and one that goes on from each of them."""
+    jobs: Jobs = {}
+    common = {"lora_dropout": 0.3, "per_device_train_batch_size": ROWS // 2}
+    jobs["whole"] = job(ground, "whole", 3, **common)
+    for step in range(1, STEPS):
+        jobs[step] = {
+            **job(ground, f"from-{step}", 3, **common),
+            "save_strategy": "no",
+            "resume_from_checkpoint": f"{jobs['whole']['output_dir']}/checkpoint-{step}",
+        }
+    run_jobs(launch, 2, list(jobs.values()))
+    return jobs
+
+
+@pytest.mark.parametrize("step", range(1, STEPS))
+def test_going_on_from_any_step_changes_no_bit(resumed: Jobs, step: int) -> None:
+    whole, rest = resumed["whole"], resumed[step]
+    for key in ("current_steps", "loss", "grad_norm", "lr", "epoch", "total_tokens"):
+        assert log(rest, key) == log(whole, key)[step:], key
+    expected = adapter(whole)
+    for name, tensor in adapter(rest).items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+def test_snapshots_are_adapters_and_small(resumed: Jobs) -> None:
+    folder = Path(resumed["whole"]["output_dir"])
+    kept = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name[11:]))
+    assert [path.name for path in kept] == [f"checkpoint-{step}" for step in range(1, STEPS + 1)]
+    last = {**resumed["whole"], "output_dir": str(kept[-1])}
+    for name, tensor in adapter(resumed["whole"]).items():
+        assert torch.equal(adapter(last)[name], tensor)
+    lora_bytes = sum(tensor.nbytes for tensor in adapter(last).values())
+    assert (kept[-1] / TENSORS).stat().st_size < 3.5 * lora_bytes + 20_000
+
+
+@pytest.fixture(scope="session")
+def travelled(ground: Ground, launch: Callable[..., tuple[int, str]]) -> Jobs:
+    """12 steps on 1 rank without ZeRO, and the same over 3, 2, 1 and again 3 ranks."""
+    jobs: Jobs = {"whole": job(ground, "stay", 0, save_strategy="no")}
+    legs = [(3, 3, 3), (2, 2, 6), (1, 0, 9), (3, 3, 12)]  # ranks, stage, up to which step
+    for ranks, stage, until in legs:
+        settings = {"per_device_train_batch_size": ROWS // ranks, "resume_from_checkpoint": "true"}
+        jobs[until] = job(ground, "travel", stage, **settings)
+        if until < STEPS:
+            jobs[until]["stop_after"] = 3
+    run_jobs(launch, 1, [jobs["whole"]])
+    for ranks, _, until in legs:
+        run_jobs(launch, ranks, [jobs[until]])
+    return jobs
+
+
+def test_ranks_and_stages_may_change_on_the_way(travelled: Jobs) -> None:
+    whole, travel = travelled["whole"], travelled[12]
+    assert log(travel, "current_steps") == list(range(1, STEPS + 1))
+    assert log(travel, "loss") == pytest.approx(log(whole, "loss"), rel=1e-5)
+    assert log(travel, "grad_norm") == pytest.approx(log(whole, "grad_norm"), rel=1e-4)
+
+
+def test_kill_9_at_any_moment_loses_nothing(ground: Ground) -> None:
+    """MINILORA_KILLS says how many; the documentation's figure is from 20."""
+    settings = job(ground, "killed", 0, lora_dropout=0.3, save_total_limit=2)
+    settings["resume_from_checkpoint"] = "true"
+    whole = {**settings, "output_dir": str(ground.folder / "not-killed")}
+    kills = os.environ.get("MINILORA_KILLS", "6")
+    lines = {}
+    for name, run, count in (("whole", whole, "0"), ("killed", settings, kills)):
+        listed = ground.folder / f"kills-{name}.json"
+        listed.write_text(json.dumps(run), encoding="utf-8")
+        words = [sys.executable, str(KILLS), str(listed), count, "5"]
+        done = subprocess.run(words, capture_output=True, text=True, timeout=200)
+        assert done.returncode == 0, done.stdout + done.stderr
+        lines[name] = [json.loads(line) for line in done.stdout.splitlines() if line[0] == "{"]
+    assert [line["code"] for line in lines["whole"]] == [0]
+    assert sum(line["code"] == -signal.SIGKILL for line in lines["killed"]) >= 2
+    assert log(settings, "loss") == log(whole, "loss")
+    assert log(settings, "total_tokens") == log(whole, "total_tokens")
+    expected = adapter(whole)
+    for name, tensor in adapter(settings).items():
+        assert torch.equal(tensor, expected[name]), name
+    assert lines["killed"][-1]["kept"] == ["checkpoint-11", "checkpoint-12"]
+
+
+def refused(launch: Callable[..., tuple[int, str]], settings: dict[str, Any]) -> str:
+    words = [f"--{key}={value}" for key, value in settings.items()]
+    code, output = launch(1, ["-m", "minilora.train", *words], with_="python")
+    assert code == 2 and "Traceback" not in output, output
+    return output
+
+
+def test_what_changes_the_maths_is_refused_by_name(
+    resumed: Jobs, ground: Ground, launch: Callable[..., tuple[int, str]]
+) -> None:
+    """All differences at once: data, rate, adapter."""
+    (ground.folder / "other.jsonl").write_text(
+        ground.data.read_text(encoding="utf-8").replace("brief", "short"), encoding="utf-8"
+    )
+    changed = {
+        **resumed[5],
+        "learning_rate": 1e-3,
+        "dataset": str(ground.folder / "other.jsonl"),
+        "lora_dropout": 0.1,
+        "per_device_train_batch_size": ROWS,
+        "output_dir": str(ground.folder / "refused"),
+    }
+    output = refused(launch, changed)
+    assert "learning_rate = 0.0002, this run has 0.001" in output
+    assert "made with data = " in output and "made with lora = " in output
+
+
+def test_a_draft_or_a_broken_snapshot_is_not_gone_on_from(
+    resumed: Jobs, ground: Ground, launch: Callable[..., tuple[int, str]]
+) -> None:
+    source = Path(resumed["whole"]["output_dir"])
+    broken = ground.folder / "broken"
+    shutil.copytree(source / "checkpoint-3", broken / "checkpoint-3")
+    shutil.copytree(source / "checkpoint-5", broken / f"checkpoint-5{DRAFT}")
+    (broken / "checkpoint-3" / TENSORS).write_bytes(b"cut")
+    settings = {**resumed[3], "output_dir": str(broken), "resume_from_checkpoint": "true",
+                "per_device_train_batch_size": ROWS}  # fmt: skip
+    assert f"checkpoint-3/{TENSORS}: cannot be read" in refused(launch, settings)
+    nowhere = {**settings, "resume_from_checkpoint": str(broken / "checkpoint-9")}
+    assert f"holds no {STATE}" in refused(launch, nowhere)
