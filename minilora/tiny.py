@@ -191,7 +191,7 @@ def _random(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Write the demo's checkpoint; returns the exit code."""
+    """Write the demo's checkpoint. Returns 0 done, 1 it cannot be written, 2 it may not be."""
     parser = argparse.ArgumentParser(prog="python -m minilora.tiny", description=__doc__)
     parser.add_argument("folder", metavar="DIR", type=Path, help="where to write it")
     folder = parser.parse_args(argv).folder
@@ -200,6 +200,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RequestError as error:
         print("\n".join(error.problems), file=sys.stderr)
         return 2
+    except OSError as error:
+        print(f"{error}; name a folder that can be written", file=sys.stderr)
+        return 1
     print(f"tiny checkpoint: {folder}")
     return 0
 
