@@ -214,7 +214,7 @@ def _facts(world: World, engine: Engine, plan: Plan, schedule: Schedule) -> Iter
     total, trained = plan.checkpoint.total_bytes, plan.lora.size(plan.checkpoint.shape)
     yield (
         f"ZeRO-{engine.stage} on {world.size} x {world.device.type}, {engine.dtype}; each process "
-        f"read {engine.bytes_read / 1e9:.3f} of {total / 1e9:.3f} GB"
+        f"read {engine.bytes_read / 1e9:.4g} of {total / 1e9:.4g} GB"
     )
     yield (
         f"LoRA rank {plan.lora.rank} on {', '.join(plan.lora.targets)}: {trained:,} parameters; "
