@@ -59,7 +59,7 @@ def ours(theirs: LlamaForCausalLM, recompute: bool = True) -> Llama:
 
 
 def tiles_of(model: Llama, *lengths: tuple[int, ...]) -> list:
-    return document_tiles(model.shape, lengths, 0, "cpu", torch.float32)
+    return document_tiles(model.shape, lengths, 0, torch.empty(0))
 
 
 @pytest.mark.parametrize(

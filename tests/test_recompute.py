@@ -37,7 +37,7 @@ def batch() -> tuple[Tensor, Tensor]:
 def gradients(model: Llama, tiles: list[tuple[int, ...]]) -> dict[str, Tensor]:
     token_ids, labels = batch()
     dtype = model.lm_head.weight.dtype
-    laid_out = document_tiles(model.shape, tiles, 0, "cpu", dtype)
+    laid_out = document_tiles(model.shape, tiles, 0, torch.empty(0, dtype=dtype))
     model(token_ids, labels, laid_out, 1.0).backward()
     found = {name: parameter.grad for name, parameter in lora_parameters(model)}
     assert all(grad is not None and grad.any() for grad in found.values())
@@ -89,12 +89,11 @@ def test_dropout_masks_differ_between_blocks_tiles_and_spans() -> None:
         block.dropout.reseed = lambda seed, device: seeds.append(seed)  # type: ignore[method-assign]
     token_ids, labels = batch()
     for span_seed in (0, 1):
-        tiles = document_tiles(
-            model.shape, [LENGTHS[:2], LENGTHS[2:]], span_seed, "cpu", torch.float32
-        )
+        tiles = document_tiles(model.shape, [LENGTHS[:2], LENGTHS[2:]], span_seed, torch.empty(0))
         with torch.no_grad():
             model(token_ids, labels, tiles, 1.0)
-    assert len(seeds) == len(set(seeds)) == 2 * 2 * len(model.model.layers)
+    # In every block and tile of both spans one for attention and one for the MLP.
+    assert len(seeds) == len(set(seeds)) == 2 * 2 * 2 * len(model.model.layers)
 
 
 def test_evaluation_drops_nothing() -> None:
@@ -158,3 +157,37 @@ def test_bf16_tiles_sum_in_fp32() -> None:
         scale = float(grad.abs().max())
         error = [float((found[name].float() - grad).abs().max()) / scale for found in (many, one)]
         assert error[0] < 2 * error[1] + 0.02, name
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_a_long_document_in_pieces_gives_the_same_gradients(dropout: float) -> None:
+    """A tile whose MLP walks pieces of 8 rows, with and without keeping the activations."""
+    token_ids, labels = batch()
+
+    def found(recompute: bool, piece_tokens: int | None) -> dict[str, Tensor]:
+        model = llama(recompute, dropout)
+        like = torch.empty(0)
+        tiles = document_tiles(model.shape, [(len(token_ids),)], 0, like, piece_tokens)
+        model(token_ids, labels, tiles, 1.0).backward()
+        return {name: parameter.grad for name, parameter in lora_parameters(model)}
+
+    whole = found(True, 8 if dropout else None)
+    for recompute in (True, False):
+        for name, grad in found(recompute, 8).items():
+            scale = float(whole[name].abs().max())
+            torch.testing.assert_close(grad, whole[name], rtol=1e-5, atol=1e-6 * scale)
+
+
+def test_a_long_document_in_pieces_never_has_the_whole_mlp_in_memory() -> None:
+    """The widest tensor of the MLP has a piece's rows, in forward and in backward."""
+    model, widest = llama(True), [0]
+    for block in model.model.layers:
+        for name in ("gate_proj", "up_proj"):
+            layer = getattr(block.mlp, name)
+            layer.register_forward_hook(
+                lambda *args: widest.append(args[2].shape[0])  # rows of the output
+            )
+    token_ids, labels = batch()
+    tiles = document_tiles(model.shape, [(len(token_ids),)], 0, torch.empty(0), 8)
+    model(token_ids, labels, tiles, 1.0).backward()
+    assert max(widest) == 8 < len(token_ids)

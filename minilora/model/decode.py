@@ -33,6 +33,7 @@ class CachedTile:
     """Documents side by side whose new tokens attend to what is kept of all before them."""
 
     seed = 0
+    pieces = (slice(None),)
 
     def __init__(self, model: Llama, capacities: Sequence[int]) -> None:
         self.model, shape, weight = model, model.shape, model.lm_head.weight

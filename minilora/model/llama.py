@@ -28,10 +28,13 @@ class Attend(Protocol):
 
 
 class Tile(Protocol):
-    """A run of tokens that a block computes at one time."""
+    """A run of tokens that a block computes at one time; its MLP walks the pieces of it."""
 
     @property
     def rows(self) -> slice: ...
+
+    @property
+    def pieces(self) -> Sequence[slice]: ...
 
     @property
     def rotation(self) -> tuple[Tensor, Tensor]: ...
@@ -47,11 +50,13 @@ class Tile(Protocol):
 class DocumentTile:
     """Whole documents at `rows` of the flat run; each attends within itself.
 
+    pieces: rows within the tile, more than one where a document is longer than a tile should be;
     rotation: cos and sin, (N, 1, E); lengths: tokens of each document; boundaries: their running
     sum, (documents + 1,) int32; seed: of the dropout masks.
     """
 
     rows: slice
+    pieces: tuple[slice, ...]
     rotation: tuple[Tensor, Tensor]
     lengths: tuple[int, ...]
     boundaries: Tensor
@@ -59,6 +64,14 @@ class DocumentTile:
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return causal_attention(query, key, value, self.lengths, self.boundaries)
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Rows of a tile that the MLP computes at one time."""
+
+    rows: slice
+    seed: int
 
 
 class Linear(nn.Module):
@@ -145,11 +158,24 @@ class Block(nn.Module):
         return torch.cat([self._forward_tile(hidden[tile.rows], tile) for tile in tiles])
 
     def _forward_tile(self, hidden: Tensor, tile: Tile) -> Tensor:
-        if self.dropout is not None:
-            self.dropout.reseed((tile.seed * 1000003 + self.layer) % 2**63, hidden.device)
+        self._reseed(tile.seed, hidden)
         hidden = hidden + self.self_attn(self.input_layernorm(hidden), tile)
+        pieces = [_Piece(rows, tile.seed + index) for index, rows in enumerate(tile.pieces, 1)]
+        if len(pieces) == 1:
+            return self._forward_mlp(hidden, pieces[0])
+        # Computed again piece by piece, so that only one piece's wide activations are there.
+        trained = [parameter for parameter in self.mlp.parameters() if parameter.requires_grad]
+        return recompute(self._forward_mlp, hidden, pieces, trained)
+
+    def _forward_mlp(self, hidden: Tensor, piece: _Piece) -> Tensor:
+        self._reseed(piece.seed, hidden)
         output: Tensor = hidden + self.mlp(self.post_attention_layernorm(hidden))
         return output
+
+    def _reseed(self, seed: int, hidden: Tensor) -> None:
+        """Draw the masks that belong to this block and seed, now and when computed again."""
+        if self.dropout is not None:
+            self.dropout.reseed((seed * 1000003 + self.layer) % 2**63, hidden.device)
 
 
 class Embedding(nn.Module):
@@ -237,26 +263,29 @@ def document_tiles(
     shape: LlamaShape,
     lengths: Sequence[Sequence[int]],
     seed: int,
-    device: torch.device | str,
-    dtype: torch.dtype,
+    like: Tensor,
+    piece_tokens: int | None = None,
 ) -> list[DocumentTile]:
-    """Lay tiles of documents one after another.
+    """Lay tiles of documents one after another, on the device and in the dtype of `like`.
 
-    lengths: of each document of each tile, in tokens; seed: of the dropout of the whole run.
-    Rotation tables are computed in fp32 and kept in dtype.
+    lengths: of each document of each tile, in tokens; seed: of the dropout of the whole run;
+    piece_tokens: most rows that the MLP computes at one time, None for whole tiles.
+    Rotation tables are computed in fp32 and kept in that dtype.
     """
     tiles, start = [], 0
     for index, tile in enumerate(lengths):
         total = sum(tile)
-        positions = torch.cat([torch.arange(length, device=device) for length in tile])
-        boundaries = torch.tensor([0, *tile], device=device).cumsum(0, dtype=torch.int32)
+        piece = piece_tokens or total
+        positions = torch.cat([torch.arange(length, device=like.device) for length in tile])
+        boundaries = torch.tensor([0, *tile], device=like.device).cumsum(0, dtype=torch.int32)
         tiles.append(
             DocumentTile(
                 rows=slice(start, start + total),
-                rotation=rotation(shape.rope, shape.head_dim, positions, dtype),
+                pieces=tuple(slice(at, at + piece) for at in range(0, total, piece)),
+                rotation=rotation(shape.rope, shape.head_dim, positions, like.dtype),
                 lengths=tuple(tile),
                 boundaries=boundaries,
-                seed=seed * 10007 + index,
+                seed=(seed * 10007 + index) * 1009,  # room for the seeds of its pieces
             )
         )
         start += total

@@ -121,7 +121,7 @@ class Engine:
                 kept.copy_(plan.adapter[name].view(-1)[start : start + len(kept)])
         if self.stage == 3:
             deepspeed.utils.set_z3_leaf_modules(self.model, [Block])
-        train = plan.train
+        train, self.tile_tokens = plan.train, plan.train.tile_tokens
         self.adam = torch.optim.AdamW(
             [parameter for _, parameter in lora_parameters(self.model)],
             lr=train.learning_rate,
@@ -142,7 +142,8 @@ class Engine:
         last: whether the optimizer step follows. Returns a scalar in fp32 on the device.
         """
         device = self.world.device
-        tiles = document_tiles(self.shape, span.tiles, span.seed, device, self.dtype)
+        like = torch.empty(0, dtype=self.dtype, device=device)
+        tiles = document_tiles(self.shape, span.tiles, span.seed, like, self.tile_tokens)
         self.engine.set_gradient_accumulation_boundary(last)
         token_ids, labels = span.token_ids.to(device), span.labels.to(device)
         loss: Tensor = self.engine(token_ids, labels, tiles, scale)
@@ -223,8 +224,7 @@ class Engine:
         safe_set_local_fp32_param(parameter, parts.pop(""))
         for moment, part in parts.items():
             safe_set_local_optimizer_state(parameter, part, moment)
-        if parameter.data.numel() == full.numel():  # held whole by every rank between steps
-            parameter.data.copy_(full)
+        assert not parameter.data.numel(), "restored before anything was gathered"
 
     def _check_norm(self) -> None:
         """DeepSpeed has the global norm, the same on all ranks, before it updates anything."""
