@@ -168,6 +168,12 @@ class TrainSettings:
         "Ours: tokens per gather of a block; bounds the saved inputs. Default: the whole step.",
         at_least=1,
     )
+    loss_tokens: int = setting(
+        1024, "Ours: labelled tokens whose logits exist at one time in the loss.", at_least=1
+    )
+    offload_activations: bool = setting(
+        False, "Ours: keep the blocks' inputs in host memory between forward and backward."
+    )
     verbose_deepspeed: bool = setting(False, "Ours: print DeepSpeed's own log lines too.")
 
 
@@ -224,6 +230,11 @@ class Settings:
             problems.append(
                 f"{self.name_of('lora_target')}: all already means every layer; "
                 "give all alone, or only names"
+            )
+        if self.train.offload_activations and self.model.disable_gradient_checkpointing:
+            problems.append(
+                f"{self.name_of('offload_activations')} moves the inputs that recomputing starts "
+                "from: set disable_gradient_checkpointing to false"
             )
         gather, tile = self.train.gather_tokens, self.train.tile_tokens
         if gather is not None and gather < tile:

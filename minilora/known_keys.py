@@ -19,7 +19,6 @@ NOT_YET: Mapping[str, str] = {
     "evaluation_strategy": "validation",
     "load_best_model_at_end": "choosing the best snapshot",
     "loraplus_lr_ratio": "LoRA+",
-    "offload_activations": "activations in host memory",
     "use_dora": "DoRA",
     "use_rslora": "rsLoRA",
     "val_size": "validation",

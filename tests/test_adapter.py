@@ -23,8 +23,9 @@ from minilora.files.adapter import (
     write_adapter,
 )
 from minilora.files.weights import Piece, read_checkpoint, read_pieces
-from minilora.model.llama import Llama, document_tiles
+from minilora.model.llama import Llama
 from minilora.model.lora import LoraShape, inject, lora_parameters
+from minilora.model.tiles import document_tiles
 
 TARGETS = ("q_proj", "o_proj", "up_proj")
 # The fields of PEFT 0.13.0's LoraConfig and its parents; a newer key makes it fail.

@@ -15,7 +15,8 @@ from transformers.generation import (
 from minilora.files.weights import read_checkpoint
 from minilora.generate import load
 from minilora.model.decode import CachedTile, Sampling, candidates, choose, generate
-from minilora.model.llama import Llama, document_tiles
+from minilora.model.llama import Llama
+from minilora.model.tiles import document_tiles
 
 
 @pytest.fixture(params=["plain", "tied"])

@@ -42,6 +42,8 @@ def two_ranks(ground: Ground, launch: Callable[..., tuple[int, str]]) -> Jobs:
         jobs[f"tile {tile} gather {gather}"] = {
             **common, "gradient_accumulation_steps": 4, **limits
         }  # fmt: skip
+    jobs["offloaded"] = {**common, "gradient_accumulation_steps": 4, "tile_tokens": 100,
+                         "gather_tokens": 300, "offload_activations": True}  # fmt: skip
     jobs["bf16"] = {**common, "bf16": True, "keep_weights": True}
     for batch, accumulation in ((1, 8), (8, 1)):
         jobs[f"batch {batch}"] = {
@@ -153,6 +155,12 @@ def test_tiles_and_spans_change_no_loss(two_ranks: Jobs, limits: str) -> None:
     whole, cut = two_ranks["tile 4096 gather None"], two_ranks[f"tile {limits}"]
     assert log(cut, "loss") == pytest.approx(log(whole, "loss"), rel=1e-6)
     assert log(cut, "grad_norm") == pytest.approx(log(whole, "grad_norm"), rel=1e-5)
+
+
+def test_inputs_in_host_memory_change_no_bit(two_ranks: Jobs) -> None:
+    device, host = two_ranks["tile 100 gather 300"], two_ranks["offloaded"]
+    assert log(device, "loss") == log(host, "loss")
+    assert log(device, "grad_norm") == log(host, "grad_norm")
 
 
 def test_spans_cost_gathers(two_ranks: Jobs) -> None:

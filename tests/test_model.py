@@ -12,10 +12,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from minilora.config import RequestError
-from minilora.model.llama import Llama, document_tiles
+from minilora.model.llama import Llama
 from minilora.model.lora import LoraLinear, LoraShape, inject, lora_parameters, resolve_targets
 from minilora.model.rope import rotation
 from minilora.model.shape import LlamaShape
+from minilora.model.tiles import document_tiles
 
 LLAMA3_ROPE = {
     "rope_type": "llama3",

@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from minilora.model.dropout import SeededDropout
-from minilora.model.llama import Llama, document_tiles
+from minilora.model.llama import Llama
 from minilora.model.lora import LoraShape, inject, lora_parameters
+from minilora.model.tiles import document_tiles
 
 LENGTHS = (7, 20, 5, 11, 3)
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -191,3 +192,26 @@ def test_a_long_document_in_pieces_never_has_the_whole_mlp_in_memory() -> None:
     tiles = document_tiles(model.shape, [(len(token_ids),)], 0, torch.empty(0), 8)
     model(token_ids, labels, tiles, 1.0).backward()
     assert max(widest) == 8 < len(token_ids)
+
+
+def test_inputs_in_host_memory_change_no_bit() -> None:
+    kept = gradients(llama(True, 0.3), [LENGTHS[:2], LENGTHS[2:]])
+    model = llama(True, 0.3)
+    model.model.offload_inputs()
+    for _ in range(2):  # the store is empty again after each step
+        for _, parameter in lora_parameters(model):
+            parameter.grad = None
+        for name, grad in gradients(model, [LENGTHS[:2], LENGTHS[2:]]).items():
+            assert torch.equal(grad, kept[name]), name
+    store = model.model.layers[0].store
+    assert store is model.model.layers[1].store and store.held == [] and store.ahead is None
+
+
+def test_inputs_in_host_memory_are_not_kept_twice() -> None:
+    model, kept = llama(True), []
+    model.model.offload_inputs()
+    token_ids, labels = batch()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        model.model(token_ids, tiles_of(model, LENGTHS))
+    assert kept == []
+    assert [tuple(host.shape) for host in model.model.layers[0].store.held] == [(46, 32)] * 2

@@ -6,72 +6,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minilora.model.attention import causal_attention
 from minilora.model.dropout import SeededDropout
-from minilora.model.loss import head_loss
+from minilora.model.loss import CHUNK_ROWS, head_loss
+from minilora.model.offload import HostStore
 from minilora.model.recompute import recompute
-from minilora.model.rope import rotate, rotation
+from minilora.model.rope import rotate
 from minilora.model.shape import LlamaShape
-
-
-class Attend(Protocol):
-    """How queries meet keys: within the documents of a tile, or against a cache."""
-
-    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor: ...
-
-
-class Tile(Protocol):
-    """A run of tokens that a block computes at one time; its MLP walks the pieces of it."""
-
-    @property
-    def rows(self) -> slice: ...
-
-    @property
-    def pieces(self) -> Sequence[slice]: ...
-
-    @property
-    def rotation(self) -> tuple[Tensor, Tensor]: ...
-
-    @property
-    def seed(self) -> int: ...
-
-    @property
-    def attend(self) -> Attend: ...
-
-
-@dataclass(frozen=True)
-class DocumentTile:
-    """Whole documents at `rows` of the flat run; each attends within itself.
-
-    pieces: rows within the tile, more than one where a document is longer than a tile should be;
-    rotation: cos and sin, (N, 1, E); lengths: tokens of each document; boundaries: their running
-    sum, (documents + 1,) int32; seed: of the dropout masks.
-    """
-
-    rows: slice
-    pieces: tuple[slice, ...]
-    rotation: tuple[Tensor, Tensor]
-    lengths: tuple[int, ...]
-    boundaries: Tensor
-    seed: int
-
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return causal_attention(query, key, value, self.lengths, self.boundaries)
-
-
-@dataclass(frozen=True)
-class _Piece:
-    """Rows of a tile that the MLP computes at one time."""
-
-    rows: slice
-    seed: int
+from minilora.model.tiles import Piece, Tile
 
 
 class Linear(nn.Module):
@@ -145,6 +91,7 @@ class Block(nn.Module):
         super().__init__()
         self.layer, self.recompute = layer, recompute
         self.dropout: SeededDropout | None = None
+        self.store: HostStore | None = None  # of the inputs, shared by all blocks
         self.input_layernorm = RMSNorm(shape.hidden_size, shape.rms_norm_eps)
         self.self_attn = Attention(shape, layer)
         self.post_attention_layernorm = RMSNorm(shape.hidden_size, shape.rms_norm_eps)
@@ -154,20 +101,20 @@ class Block(nn.Module):
         """hidden: (N, D), covered by the rows of the tiles in order. Returns (N, D)."""
         if self.recompute and torch.is_grad_enabled():
             trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
-            return recompute(self._forward_tile, hidden, tiles, trained)
+            return recompute(self._forward_tile, hidden, tiles, trained, self.store)
         return torch.cat([self._forward_tile(hidden[tile.rows], tile) for tile in tiles])
 
     def _forward_tile(self, hidden: Tensor, tile: Tile) -> Tensor:
         self._reseed(tile.seed, hidden)
         hidden = hidden + self.self_attn(self.input_layernorm(hidden), tile)
-        pieces = [_Piece(rows, tile.seed + index) for index, rows in enumerate(tile.pieces, 1)]
+        pieces = [Piece(rows, tile.seed + index) for index, rows in enumerate(tile.pieces, 1)]
         if len(pieces) == 1:
             return self._forward_mlp(hidden, pieces[0])
         # Computed again piece by piece, so that only one piece's wide activations are there.
         trained = [parameter for parameter in self.mlp.parameters() if parameter.requires_grad]
         return recompute(self._forward_mlp, hidden, pieces, trained)
 
-    def _forward_mlp(self, hidden: Tensor, piece: _Piece) -> Tensor:
+    def _forward_mlp(self, hidden: Tensor, piece: Piece) -> Tensor:
         self._reseed(piece.seed, hidden)
         output: Tensor = hidden + self.mlp(self.post_attention_layernorm(hidden))
         return output
@@ -199,10 +146,11 @@ class Head(nn.Module):
             empty = torch.empty(shape.vocab_size, shape.hidden_size)
             tied_weight = nn.Parameter(empty, requires_grad=False)
         self.weight = tied_weight
+        self.chunk_rows = CHUNK_ROWS
 
     def forward(self, hidden: Tensor, targets: Tensor, scale: float) -> Tensor:
         """hidden: (N, D); targets: (N,) int64. Returns the summed loss times scale, fp32."""
-        return head_loss(hidden, self.weight, targets, scale)
+        return head_loss(hidden, self.weight, targets, scale, self.chunk_rows)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden: (N, D). Returns (N, V) in the dtype of hidden."""
@@ -228,6 +176,13 @@ class Decoder(nn.Module):
         for block in self.layers:
             hidden = block(hidden, tiles)
         return hidden
+
+    def offload_inputs(self) -> None:
+        """Keep the blocks' inputs in host memory from now on."""
+        store = HostStore()
+        for block in self.layers:
+            assert isinstance(block, Block)
+            block.store = store
 
 
 class Llama(nn.Module):
@@ -257,36 +212,3 @@ class Llama(nn.Module):
     def logits(self, token_ids: Tensor, tiles: Sequence[Tile]) -> Tensor:
         """token_ids: (N,) int64. Returns (N, V): for tests and for answering, not for training."""
         return self.lm_head.logits(self.model.norm(self.model(token_ids, tiles)))
-
-
-def document_tiles(
-    shape: LlamaShape,
-    lengths: Sequence[Sequence[int]],
-    seed: int,
-    like: Tensor,
-    piece_tokens: int | None = None,
-) -> list[DocumentTile]:
-    """Lay tiles of documents one after another, on the device and in the dtype of `like`.
-
-    lengths: of each document of each tile, in tokens; seed: of the dropout of the whole run;
-    piece_tokens: most rows that the MLP computes at one time, None for whole tiles.
-    Rotation tables are computed in fp32 and kept in that dtype.
-    """
-    tiles, start = [], 0
-    for index, tile in enumerate(lengths):
-        total = sum(tile)
-        piece = piece_tokens or total
-        positions = torch.cat([torch.arange(length, device=like.device) for length in tile])
-        boundaries = torch.tensor([0, *tile], device=like.device).cumsum(0, dtype=torch.int32)
-        tiles.append(
-            DocumentTile(
-                rows=slice(start, start + total),
-                pieces=tuple(slice(at, at + piece) for at in range(0, total, piece)),
-                rotation=rotation(shape.rope, shape.head_dim, positions, like.dtype),
-                lengths=tuple(tile),
-                boundaries=boundaries,
-                seed=(seed * 10007 + index) * 1009,  # room for the seeds of its pieces
-            )
-        )
-        start += total
-    return tiles

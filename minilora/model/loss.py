@@ -14,25 +14,32 @@ from torch.autograd.function import once_differentiable
 CHUNK_ROWS = 1024
 
 
-def head_loss(hidden: Tensor, weight: Tensor, targets: Tensor, scale: float) -> Tensor:
+def head_loss(
+    hidden: Tensor, weight: Tensor, targets: Tensor, scale: float, chunk_rows: int = CHUNK_ROWS
+) -> Tensor:
     """Sum over rows of the cross-entropy of `hidden @ weight.T` against `targets`, times `scale`.
 
-    hidden: (N, D); weight: (V, D), frozen; targets: (N,) int64, every one a real token. Returns
+    hidden: (N, D); weight: (V, D), frozen; targets: (N,) int64, every one a real token;
+    chunk_rows: how many rows' logits exist at one time. Returns
     a scalar in fp32. The gradient with respect to hidden is taken in forward, while a chunk's
     logits are there: the head is frozen and the loss is last, so backward needs nothing else.
     """
-    loss: Tensor = _HeadLoss.apply(hidden, weight, targets, scale)  # type: ignore[no-untyped-call]
+    loss: Tensor = _HeadLoss.apply(  # type: ignore[no-untyped-call]
+        hidden, weight, targets, scale, chunk_rows
+    )
     return loss
 
 
 class _HeadLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, scale: float) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, scale: float, chunk_rows: int
+    ) -> Tensor:
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         wants_grad = ctx.needs_input_grad[0]
         grad_hidden = torch.empty_like(hidden) if wants_grad else hidden.new_empty(0)
-        for start in range(0, len(hidden), CHUNK_ROWS):
-            rows = slice(start, start + CHUNK_ROWS)
+        for start in range(0, len(hidden), chunk_rows):
+            rows = slice(start, start + chunk_rows)
             logits = (hidden[rows] @ weight.T).float()  # (chunk, V)
             target = targets[rows, None]
             log_sum = logits.logsumexp(-1, keepdim=True)
@@ -49,4 +56,4 @@ class _HeadLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         (grad_hidden,) = ctx.saved_tensors
-        return grad_hidden * grad_output.to(grad_hidden.dtype), None, None, None
+        return grad_hidden * grad_output.to(grad_hidden.dtype), None, None, None, None

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from minilora.model.offload import HostStore
+
 
 class Rows(Protocol):
     """A run of rows of the flat token axis."""
@@ -27,14 +29,16 @@ def recompute(
     hidden: Tensor,
     tiles: Sequence[Tile],
     parameters: Sequence[Tensor],
+    store: HostStore | None = None,
 ) -> Tensor:
     """Run `body` over each tile of `hidden`, saving nothing but `hidden` for backward.
 
-    hidden: (N, D); tiles: cover its rows in order; parameters: what of `body` is trained. Returns
+    hidden: (N, D); tiles: cover its rows in order; parameters: what of `body` is trained; store:
+    keeps hidden in host memory meanwhile, for calls whose backward order is the reverse. Returns
     (N, D). Each parameter's gradient is summed over the tiles in fp32 and returned once, so that
     a hook on it (DeepSpeed's reduction) fires once per call however many tiles there are.
     """
-    output: Tensor = _Recompute.apply(body, tiles, hidden, *parameters)  # type: ignore[no-untyped-call]
+    output: Tensor = _Recompute.apply(body, tiles, store, hidden, *parameters)  # type: ignore[no-untyped-call]
     return output
 
 
@@ -46,9 +50,14 @@ class _Recompute(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, body: Any, tiles: Any, hidden: Tensor, *parameters: Tensor) -> Tensor:
-        ctx.body, ctx.tiles, ctx.parameters = body, tiles, parameters
-        ctx.save_for_backward(hidden)
+    def forward(
+        ctx: Any, body: Any, tiles: Any, store: Any, hidden: Tensor, *parameters: Tensor
+    ) -> Tensor:
+        ctx.body, ctx.tiles, ctx.store, ctx.parameters = body, tiles, store, parameters
+        if store is None:
+            ctx.save_for_backward(hidden)
+        elif any(ctx.needs_input_grad):
+            ctx.place = store.put(hidden)
         output = torch.empty_like(hidden)
         for tile in tiles:
             output[tile.rows] = body(hidden[tile.rows], tile)
@@ -57,7 +66,10 @@ class _Recompute(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        (hidden,) = ctx.saved_tensors
+        if ctx.store is None:
+            (hidden,) = ctx.saved_tensors
+        else:
+            hidden = ctx.store.take(ctx.place, like=grad_output)
         grad_hidden = torch.empty_like(hidden)
         sums: list[Tensor] = []
         for tile in ctx.tiles:
@@ -74,4 +86,4 @@ class _Recompute(torch.autograd.Function):
         trained = (
             grad.to(parameter.dtype) for grad, parameter in zip(sums, ctx.parameters, strict=True)
         )
-        return None, None, grad_hidden, *trained
+        return None, None, None, grad_hidden, *trained

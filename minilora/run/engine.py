@@ -29,8 +29,9 @@ from torch import Tensor, nn
 from minilora.config import RunError, TrainSettings
 from minilora.data.batches import Span
 from minilora.files.weights import Checkpoint, Piece, read_pieces
-from minilora.model.llama import Block, Llama, document_tiles
+from minilora.model.llama import Block, Llama
 from minilora.model.lora import LoraShape, inject, lora_parameters
+from minilora.model.tiles import document_tiles
 from minilora.run.ds_config import zero_stage
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, by torch's names
@@ -241,6 +242,9 @@ class Engine:
             with self._placement(plan.ds_config):
                 model = Llama(self.shape, plan.recompute)
                 inject(model, plan.lora, plan.train.seed, self.trained_dtype)
+            model.lm_head.chunk_rows = plan.train.loss_tokens
+            if plan.train.offload_activations:
+                model.model.offload_inputs()
         finally:
             torch.set_default_dtype(default)
         return model
