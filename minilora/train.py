@@ -29,6 +29,7 @@ from minilora.model.shape import LlamaShape
 from minilora.run.ds_config import Facts, find_ds_config, resolve_ds_config
 from minilora.run.engine import MOMENTS, Engine, Plan, World, wants_bf16
 from minilora.run.loop import Job, train
+from minilora.run.memory import is_out_of_memory, phase_of
 from minilora.run.report import LOG, Report, Totals
 from minilora.run.stop import Stopped
 
@@ -49,6 +50,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _refuse(2, error.problems)
     except RunError as error:
         return _refuse(1, [str(error)])
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return _out_of_memory(error)
     except Stopped as stopped:
         return _refuse(128 + stopped.number, [str(stopped)])
     return 0
@@ -238,6 +243,14 @@ def _refuse(code: int, problems: Sequence[str]) -> int:
     else:
         time.sleep(LAST_WORDS)
     return code
+
+
+def _out_of_memory(error: BaseException) -> int:
+    """This rank says what was going on; the launcher ends the others, who wait for it."""
+    rank, phase = os.environ.get("RANK", "0"), phase_of(error)
+    first, *_ = str(error).splitlines() or [""]
+    print(f"error: rank {rank}: out of memory in {phase}: {first}", file=sys.stderr, flush=True)
+    return 1
 
 
 def leave(code: int) -> NoReturn:

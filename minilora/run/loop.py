@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from minilora.config import RunError, Settings
@@ -54,6 +56,7 @@ def train(world: World, engine: Engine, job: Job, report: Report) -> None:
     state, kept = job.start, None
     try:
         with StopRequest() as stop:
+            probe(world, engine, job)
             for step in range(job.start.step, job.schedule.total_steps):
                 record, number = _step(world, engine, job, step, stop)
                 state = replace(state, step=step + 1, rows=state.rows + record.documents)
@@ -72,19 +75,42 @@ def train(world: World, engine: Engine, job: Job, report: Report) -> None:
         raise
 
 
+def probe(world: World, engine: Engine, job: Job) -> None:
+    """Compute the longest documents once, so that running out of memory shows now. Collective.
+
+    The loss is multiplied by zero: the gradients that wait for the first step are exact zeros.
+    """
+    schedule = job.schedule
+    longest = np.argsort(-schedule.lengths, kind="stable")
+    if schedule.packing:
+        room = schedule.rows_per_step * schedule.cutoff_len
+        count = int(np.searchsorted(np.cumsum(schedule.lengths[longest]), room, side="right"))
+    else:
+        count = schedule.rows_per_step
+    batch = _batch(world, job, longest[: max(count, 1)], 0)
+    largest = max(batch.spans, key=lambda span: len(span.token_ids))
+    engine.forward_backward(largest, 0.0, last=False)
+
+
+def _batch(world: World, job: Job, rows: NDArray[np.int64], step: int) -> Step:
+    """This rank's part of these documents."""
+    train = job.settings.train
+    return build_step(
+        job.documents,
+        rows,
+        step=step,
+        place=Place(world.rank, world.size),
+        limits=TileLimits(train.tile_tokens, train.gather_tokens),
+        seed=train.seed,
+    )
+
+
 def _step(
     world: World, engine: Engine, job: Job, step: int, stop: StopRequest
 ) -> tuple[StepRecord, int]:
     """One optimizer step. Returns what it did, and the signal that some rank got, or 0."""
     settings, rows = job.settings.train, job.schedule.rows(step)
-    batch = build_step(
-        job.documents,
-        rows,
-        step=step,
-        place=Place(world.rank, world.size),
-        limits=TileLimits(settings.tile_tokens, settings.gather_tokens),
-        seed=settings.seed,
-    )
+    batch = _batch(world, job, rows, step)
     # DeepSpeed averages gradients over ranks, so this makes them the mean over all tokens.
     scale = world.size / max(batch.labelled, 1)
     last = len(batch.spans) - 1

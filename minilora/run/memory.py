@@ -8,6 +8,18 @@ from pathlib import Path
 import torch
 
 GIB = 2**30
+# What is going on, by the file and function that run; the innermost one known counts.
+PHASES = {
+    "engine._build": "building the model",
+    "engine.forward_backward": "forward",
+    "engine.backward": "backward",
+    "loss.forward": "the loss",
+    "recompute.backward": "backward, computing a block again",
+    "partition_parameters.all_gather_coalesced": "gathering a block",
+    "engine.step": "the optimizer step",
+    "engine.trained_tensors": "saving",
+    "engine.moments": "saving",
+}
 
 
 def read_memory(device: torch.device) -> dict[str, float]:
@@ -28,3 +40,20 @@ def read_memory(device: torch.device) -> dict[str, float]:
         "rss_gib": pages * resource.getpagesize() / GIB,
         "rss_peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB,
     }
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, on the GPU or on the host."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    )
+
+
+def phase_of(error: BaseException) -> str:
+    """What was going on when the error was raised, read off its traceback."""
+    phase, trace = "start-up", error.__traceback__
+    while trace is not None:
+        code = trace.tb_frame.f_code
+        phase = PHASES.get(f"{Path(code.co_filename).stem}.{code.co_name}", phase)
+        trace = trace.tb_next
+    return phase
