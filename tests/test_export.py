@@ -22,10 +22,14 @@ def base(request: pytest.FixtureRequest, tiny: Path, tiny_tied: Path) -> Path:
 def test_an_exported_adapter_needs_no_more_than_one_rank_and_one_alpha(
     base: Path, tmp_path: Path, case: str
 ) -> None:
-    given = {"patterns": [PATTERNS], "rs": [STABILISED], "several": [PATTERNS, STABILISED]}[case]
+    parts = {
+        "patterns": [(PATTERNS, [0, 1])],
+        "rs": [(STABILISED, [0])],
+        "several": [(PATTERNS, [0, 1]), (STABILISED, [1])],
+    }[case]
     adapters = ",".join(
-        str(make(base, tmp_path / str(index), **{**lora, "layers_to_transform": [index]}))
-        for index, lora in enumerate(given)
+        str(make(base, tmp_path / str(index), **{**lora, "layers_to_transform": layers}))
+        for index, (lora, layers) in enumerate(parts)
     )
     assert merge(base, adapters, tmp_path / "merged") == 0
     assert merge(base, adapters, tmp_path / "exported", "--adapter_only") == 0

@@ -127,9 +127,10 @@ def test_what_no_adapter_touches_is_the_same_to_the_byte(base: Path, tmp_path: P
     AutoTokenizer.from_pretrained(merged)
 
 
-def test_one_file_without_an_index(tiny: Path, tmp_path: Path) -> None:
+def test_one_file_of_large_tensors_without_an_index(tiny: Path, tmp_path: Path) -> None:
     folder = tmp_path / "base"
-    write_tiny(folder, TinyShape(hidden=32, layers=1, dtype="float32", shard_bytes=10**9))
+    shape = TinyShape(hidden=512, intermediate=5000, layers=1, dtype="float32", shard_bytes=10**9)
+    write_tiny(folder, shape)  # its MLP is merged in several chunks
     adapter = make(folder, tmp_path / "adapter", **PLAIN)
     (tmp_path / "merged").mkdir()
     assert merge(folder, adapter, tmp_path / "merged") == 0

@@ -24,7 +24,7 @@ from minilora.files.weights import INDEX, SINGLE, Checkpoint, StoredTensor, read
 from minilora.model.lora import LoraShape
 from minilora.model.shape import LlamaShape
 
-CHUNK = 2**24  # bytes of a file in memory at a time
+CHUNK = 2**22  # bytes of a file in memory at a time
 # Settings of PEFT's under which a layer computes something else, and those that must be so.
 OTHER_METHODS = (
     *("use_dora", "use_qalora", "alora_invocation_tokens", "lora_bias", "fan_in_fan_out"),
@@ -205,10 +205,8 @@ def export_adapter(checkpoint: Checkpoint, updates: Updates, folder: Path) -> Lo
     one alpha / rank does not scale is scaled in B. Raises RunError if it does not read back.
     """
     rank = max(sum(pair.rank for pair in pairs) for pairs in updates.values())
-    factors = {pair.factor for pairs in updates.values() for pair in pairs}
-    alpha = round(rank * max(factors))
-    if len(factors) > 1 or alpha < 1 or not math.isclose(alpha, rank * max(factors)):
-        alpha = rank
+    largest = max(pair.factor for pairs in updates.values() for pair in pairs)
+    alpha = max(1, round(rank * largest))
     names = {layer.split(".")[-1] for layer in updates}
     targets = tuple(name for name in checkpoint.shape.linear_shapes() if name in names)
     lora = LoraShape(rank, alpha, 0.0, targets)
