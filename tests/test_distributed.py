@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -60,6 +62,10 @@ def two_ranks(ground: Ground, launch: Callable[..., tuple[int, str]]) -> Jobs:
         "adapter_name_or_path": str(ground.adapters["tiny_tied"]),
         "output_dir": str(ground.folder / "two-tied"),
     }
+    monitored = json.loads(Path(zero3).read_text(encoding="utf-8"))
+    monitored["csv_monitor"] = {"enabled": True, "output_path": str(ground.folder), "job_name": "m"}
+    (ground.folder / "monitored.json").write_text(json.dumps(monitored), encoding="utf-8")
+    jobs["bf16"]["deepspeed"] = str(ground.folder / "monitored.json")
     run_jobs(launch, 2, list(jobs.values()))
     return jobs
 
@@ -188,6 +194,18 @@ def test_bf16_trains_like_fp32(two_ranks: Jobs) -> None:
         moved = (tensor - start[name]).abs()
         # Three AdamW steps at up to 2e-4 move a weight of 0.1 by less than a bf16 step of it.
         assert 0 < float(moved.max()) and float((moved > 0).float().mean()) > 0.9, name
+
+
+def test_deepspeeds_monitor_gets_the_figures_of_the_log(two_ranks: Jobs, ground: Ground) -> None:
+    with (ground.folder / "m" / "minilora_loss.csv").open(encoding="utf-8") as file:
+        _, *lines = csv.reader(file)
+    assert [int(step) for step, _ in lines] == [1, 2, 3]
+    assert [float(value) for _, value in lines] == log(two_ranks["bf16"], "loss")
+
+
+def test_the_log_has_the_memory_of_every_rank(two_ranks: Jobs) -> None:
+    for figures in log(two_ranks["bf16"], "rss_gib"):
+        assert len(figures) == 2 and min(figures) > 0.05
 
 
 def test_ragged_rows_on_seven_ranks_equal_one_rank(seven_ranks: Jobs, one_rank: Jobs) -> None:

@@ -42,7 +42,7 @@ def record(step: int) -> StepRecord:
         labelled=10 * step,
         tokens=100 + step,
         documents=step + 1,
-        memory={"gpu_memory_used_gib": 3.5 + step % 8, "gpu_memory_allocated_gib": 2.5},
+        memory={"gpu_memory_used_gib": [1.5, 3.5 + step % 8], "gpu_memory_allocated_gib": [2.5]},
     )
 
 
@@ -91,8 +91,8 @@ def test_log_lines(tmp_path: Path) -> None:
         assert line["total_steps"] == 8
         assert line["percentage"] == 100 * last / 8
         assert line["total_tokens"] == sum(100 + step for step in range(1, last + 1))
-        assert line["gpu_memory_used_gib"] == 3.5 + last % 8
-        assert line["gpu_memory_allocated_gib"] == 2.5
+        assert line["gpu_memory_used_gib"] == [1.5, 3.5 + last % 8]
+        assert line["gpu_memory_allocated_gib"] == [2.5]
         assert line["throughput"] > 0
         assert re.fullmatch(r"\d+:\d\d:\d\d", line["elapsed_time"])
         assert re.fullmatch(r"\d+:\d\d:\d\d", line["remaining_time"])

@@ -168,6 +168,12 @@ class Engine:
             self._check_norm()
         return self.grad_norm
 
+    def monitor(self, step: int, values: Mapping[str, float]) -> None:
+        """Hand figures to TensorBoard, W&B or a CSV file, as the DeepSpeed file asks for."""
+        if self.engine.monitor.enabled:
+            events = [(f"minilora/{name}", value, step) for name, value in values.items()]
+            self.engine.monitor.write_events(events)
+
     def trained_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Name and fp32 master copy, on the CPU, of each trained parameter. Collective."""
         for name, parameter in lora_parameters(self.model):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -121,6 +121,7 @@ def _step(
     loss, number, memory = _share(world, sum(map(float, losses)), stop, step, batch)
     rate = learning_rate(step, job.schedule.total_steps, settings)
     norm = engine.step(rate)
+    engine.monitor(step + 1, {"loss": loss, "grad_norm": norm, "learning_rate": rate})
     record = StepRecord(
         step=step + 1,
         loss=loss,
@@ -137,8 +138,8 @@ def _step(
 
 def _share(
     world: World, local: float, stop: StopRequest, step: int, batch: Step
-) -> tuple[float, int, dict[str, float]]:
-    """The mean loss over all ranks' tokens, a signal if any, and the memory of the worst rank."""
+) -> tuple[float, int, Mapping[str, Sequence[float]]]:
+    """The mean loss over all ranks' tokens, a signal if any, and the memory of every rank."""
     memory = read_memory(world.device)
     everyone = world.gather_numbers([local, stop.number, *memory.values()])
     broken = [rank for rank, numbers in enumerate(everyone) if not math.isfinite(numbers[0])]
@@ -150,8 +151,8 @@ def _share(
             f"{rows[rank]}; nothing was updated. Look at these rows, or lower learning_rate"
         )
     losses, numbers, *memories = zip(*everyone, strict=True)
-    worst = dict(zip(memory, map(max, memories), strict=True))
-    return sum(losses) / world.size, int(max(numbers)), worst
+    each: Mapping[str, Sequence[float]] = dict(zip(memory, memories, strict=True))
+    return sum(losses) / world.size, int(max(numbers)), each
 
 
 def snapshot(world: World, engine: Engine, job: Job, state: State) -> Path:

@@ -9,7 +9,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ class StepRecord:
 
     step: counted from 1; epoch: passes over the data after this step
     loss: mean over the step's labelled tokens; labelled, tokens, documents: how many it had
-    memory: figures of the worst rank in GiB, the most telling one first; empty without a GPU
+    memory: figures in GiB, for each the value of every rank; the most telling figure first
     """
 
     step: int
@@ -38,7 +38,7 @@ class StepRecord:
     labelled: int
     tokens: int
     documents: int
-    memory: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    memory: Mapping[str, Sequence[float]] = dataclasses.field(default_factory=dict)
 
 
 @dataclass
@@ -125,14 +125,14 @@ class Report:
             return
         self.totals.add(record)
         self._window_tokens += record.tokens
-        for name, value in record.memory.items():
-            self._memory[name] = max(value, self._memory.get(name, value))
+        for name, values in record.memory.items():
+            self._memory[name] = max(*values, self._memory.get(name, 0.0))
         now = time.monotonic()
         shown = [
             f"loss {record.loss:.4f}",
             f"{_rate(record.tokens, now - self._last_step):,.0f} tok/s",
         ]
-        shown += [f"{value:.1f} GiB" for value in list(record.memory.values())[:1]]
+        shown += [f"{max(values):.1f} GiB" for values in list(record.memory.values())[:1]]
         self._last_step = now
         self._bar.set_postfix_str(", ".join(shown), refresh=False)
         self._bar.update()
