@@ -16,8 +16,8 @@ from minilora.config import (
     TrainSettings,
     all_settings,
 )
-from minilora.fields import FALSE, TRUE, kind_of, typed
-from minilora.known_keys import (
+from minilora.config.fields import FALSE, TRUE, kind_of, typed
+from minilora.config.known_keys import (
     IGNORED,
     IGNORED_PREFIXES,
     NOT_YET,
@@ -25,7 +25,7 @@ from minilora.known_keys import (
     REFUSED,
     asks_for_nothing,
 )
-from minilora.settings_file import NULL, Given, Raw, read_file
+from minilora.config.settings_file import NULL, Given, Raw, read_file
 
 REQUIRED: Mapping[str, tuple[str, ...]] = {
     "train": ("model_name_or_path", "dataset", "output_dir"),

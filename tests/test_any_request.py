@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from minilora.arguments import read_settings
 from minilora.config import RequestError, all_settings
-from minilora.known_keys import NOT_YET, REFUSED
+from minilora.config.known_keys import NOT_YET, REFUSED
 
 NEEDED = "model_name_or_path: base\ndataset: rows.json\noutput_dir: out\n"
 

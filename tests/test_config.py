@@ -16,8 +16,8 @@ from minilora.config import (
     TrainSettings,
     all_settings,
 )
-from minilora.fields import kind_of
-from minilora.known_keys import IGNORED, NOT_YET, REFUSED
+from minilora.config.fields import kind_of
+from minilora.config.known_keys import IGNORED, NOT_YET, REFUSED
 
 NEEDED = "model_name_or_path: base\ndataset: rows.json\noutput_dir: out\n"
 

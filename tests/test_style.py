@@ -13,9 +13,8 @@ PACKAGE = sorted((ROOT / "minilora").rglob("*.py"))
 SOURCES = [*PACKAGE, *sorted((ROOT / "tests").rglob("*.py"))]
 
 FLOORS = ("ground", "files", "run", "commands")
-# The folders of each floor; the files of the package's own folder are commands but for these.
-FOLDERS = {"model": "ground", "data": "ground", "files": "files", "run": "run"}
-GROUND_FILES = {"__init__", "config", "fields"}
+# The floor of each folder; files of the package's own folder are commands.
+FOLDERS = {"config": "ground", "model": "ground", "data": "ground", "files": "files", "run": "run"}
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -32,7 +31,7 @@ def module_of(path: Path) -> str:
 def floor_of(module: str) -> int:
     """The floor of a module of the package, 0 being the lowest."""
     inner = module.split(".")[1:2]
-    if not inner or inner[0] in GROUND_FILES:
+    if not inner:
         return FLOORS.index("ground")
     return FLOORS.index(FOLDERS.get(inner[0], "commands"))
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import Field, dataclass, field
 from typing import Any
 
-from minilora.fields import setting, value_problems
+from minilora.config.fields import setting, value_problems
 
 
 class RequestError(Exception):
