@@ -86,8 +86,9 @@ def document_tiles(
     for index, tile in enumerate(lengths):
         total = sum(tile)
         piece = piece_tokens or total
-        positions = torch.cat([torch.arange(length, device=like.device) for length in tile])
-        boundaries = torch.tensor([0, *tile], device=like.device).cumsum(0, dtype=torch.int32)
+        # On the host first: hundreds of short documents would be hundreds of tiny kernels.
+        positions = torch.cat([torch.arange(length) for length in tile]).to(like.device)
+        boundaries = torch.tensor([0, *tile]).cumsum(0, dtype=torch.int32).to(like.device)
         tiles.append(
             DocumentTile(
                 rows=slice(start, start + total),

@@ -52,6 +52,8 @@ class World:
         self.local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         self.device = torch.device("cuda", self.local_rank) if on_gpu else torch.device("cpu")
         if on_gpu:
+            # Blocks of many sizes come and go; without this 1 to 2 GiB of 24 lie between them.
+            os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
             torch.cuda.set_device(self.device)
         else:
             # Compiling this op takes 30 s and a compiler, and training never calls it.
