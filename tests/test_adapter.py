@@ -110,6 +110,7 @@ def test_reading_gives_back_what_was_written(
         ("use_dora", True, "use_dora = True cannot be continued"),
         ("modules_to_save", ["lm_head"], "modules_to_save"),
         ("rank_pattern", {"q_proj": 2}, "rank_pattern"),
+        ("init_lora_weights", "pissa", "init_lora_weights = 'pissa' changes the base weights"),
         ("target_modules", "all-linear", "target_modules is 'all-linear'"),
         ("target_modules", ["wq"], "no layer is called wq"),
     ],

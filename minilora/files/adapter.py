@@ -80,6 +80,12 @@ def read_adapter_shape(folder: Path, model: LlamaShape, dropout: float) -> LoraS
                 "layers_to_transform", "layer_replication", "fan_in_fan_out"):  # fmt: skip
         if config.get(key):
             problems.append(f"{folder / CONFIG}: {key} = {config[key]!r} cannot be continued from")
+    if config.get("init_lora_weights", True) not in (True, False, "gaussian"):
+        start = config["init_lora_weights"]
+        problems.append(
+            f"{folder / CONFIG}: init_lora_weights = {start!r} changes the base weights too; "
+            "convert the adapter to plain LoRA with PEFT first"
+        )
     rank, alpha = config.get("r"), config.get("lora_alpha")
     if type(rank) is not int or rank < 1:
         problems.append(f"{folder / CONFIG}: r is {rank!r}; a whole number of at least 1 is needed")

@@ -165,7 +165,8 @@ def _files(folder: Path, problems: list[str]) -> dict[Path, set[str] | None]:
 def _read_header(file: Path, problems: list[str]) -> dict[str, StoredTensor]:
     """The tensors of one file; the library checks header, offsets and the file's length."""
     try:
-        with safe_open(file, framework="pt") as opened:
+        # For numpy, since for torch it maps the file writable, which a small machine refuses.
+        with safe_open(file, framework="np") as opened:
             shapes = {
                 name: (tuple(part.get_shape()), part.get_dtype())
                 for name in opened.keys()  # noqa: SIM118 (not a mapping)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import resource
 from pathlib import Path
 
 import torch
 
 GIB = 2**30
+CPU_FIGURES = {"rss_gib": "VmRSS:", "rss_peak_gib": "VmHWM:"}
 # What is going on, by the file and function that run; the innermost one known counts.
 PHASES = {
     "engine._build": "building the model",
@@ -35,11 +35,10 @@ def read_memory(device: torch.device) -> dict[str, float]:
             "gpu_memory_allocated_gib": torch.cuda.max_memory_allocated(device) / GIB,
             "gpu_memory_reserved_gib": torch.cuda.max_memory_reserved(device) / GIB,
         }
-    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
-    return {
-        "rss_gib": pages * resource.getpagesize() / GIB,
-        "rss_peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB,
-    }
+    # Not getrusage, whose peak starts from that of the process which started this one.
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    kib = dict(line.split()[:2] for line in lines if line.startswith("Vm"))
+    return {name: int(kib[key]) / 2**20 for name, key in CPU_FIGURES.items()}
 
 
 def is_out_of_memory(error: BaseException) -> bool:
