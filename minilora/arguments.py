@@ -5,18 +5,11 @@ LLaMA-Factory's ways of writing them all work: `--key value`, `--key=value`, `--
 
 import difflib
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
-from minilora.config import (
-    DataSettings,
-    MethodSettings,
-    ModelSettings,
-    RequestError,
-    Settings,
-    TrainSettings,
-    all_settings,
-)
-from minilora.config.fields import FALSE, TRUE, kind_of, typed
+from minilora.config import GROUPS, RequestError, Settings, all_settings
+from minilora.config.fields import BOOLEANS, kind_of, typed
 from minilora.config.known_keys import (
     IGNORED,
     IGNORED_PREFIXES,
@@ -45,24 +38,23 @@ def read_settings(argv: Sequence[str], command: str) -> Settings:
         raise SystemExit(0)
     path, overrides, problems = parse_command_line(argv)
     given: dict[str, Given] = {}
-    readable = True
+    required = REQUIRED[command]
     if path is not None:
         try:
             given, repeated = read_file(path)
             problems += repeated
         except RequestError as error:
             problems += error.problems
-            readable = False
+            required = ()  # who knows what stands in the file
     given |= overrides
     given.pop("local_rank", None)
     settings, more = _settings_of(given)
     problems += more
-    if readable:
-        problems += [
-            f"{key} is missing: give it in the file or as --{key} VALUE"
-            for key in REQUIRED[command]
-            if key not in given or given[key].raw is None
-        ]
+    problems += [
+        f"{key} is missing: give it in the file or as --{key} VALUE"
+        for key in required
+        if key not in given or given[key].raw is None
+    ]
     if problems:
         raise RequestError(problems)
     return settings
@@ -75,24 +67,22 @@ def parse_command_line(argv: Sequence[str]) -> tuple[str | None, dict[str, Given
     words = list(argv)
     while words:
         word = words.pop(0)
-        option = word.startswith("--") and word != "--"
         key, equals, value = word.removeprefix("--").partition("=")
-        if option:
-            key = key.replace("-", "_")
         raw: Raw = value
-        if option and not equals:
-            raw = _value_after(words, kinds.get(key))
+        if word.startswith("--") and key:
+            key = key.replace("-", "_")
+            raw = value if equals else _value_after(words, kinds.get(key))
             if raw is None:
                 problems.append(f"--{key} ({COMMAND_LINE}): a value is missing: --{key} VALUE")
                 continue
-        elif not option and not (equals and key.isidentifier()):
-            if path is None and not word.startswith("-"):
-                path = word
-            else:
+        elif not equals or not key.isidentifier():
+            if path is not None or word.startswith("-"):
                 problems.append(
                     f"{word!r} ({COMMAND_LINE}) is not understood: write --key value, "
                     "after at most one settings file"
                 )
+            else:
+                path = word
             continue
         given[key] = Given(None if raw in NULL[1:] else raw, COMMAND_LINE)
     return path, given, problems
@@ -102,7 +92,7 @@ def _value_after(words: list[str], kind: type | None) -> str | None:
     """Take the value of `--key` off the words that follow it; a flag without one is true."""
     following = words[0] if words else "--"
     if kind is bool:
-        takes = following.lower() in (*TRUE, *FALSE, *NULL)
+        takes = following.lower() in (*BOOLEANS, *NULL)
     else:
         takes = not following.startswith("--")
     if takes:
@@ -112,72 +102,65 @@ def _value_after(words: list[str], kind: type | None) -> str | None:
 
 def _settings_of(given: dict[str, Given]) -> tuple[Settings, list[str]]:
     """Type and check the given values; where there are problems the settings mean nothing."""
-    fields = {item.name: item for _, item in all_settings()}
-    given = dict(given)
-    problems, notices = _sort_out(given, fields)
-    neat = given.pop("neat_packing", None)
-    if neat and not asks_for_nothing(neat.raw, OFF):
-        given["packing"] = Given("true", neat.origin)
-        notices.append("neat_packing means packing: packed documents never see each other here")
+    given, problems, notices = _sort_out(given)
     values: dict[str, Any] = {}
-    for key, item in fields.items():
-        if key in given and given[key].raw is not None:
+    for _, item in all_settings():
+        if item.name in given and given[item.name].raw is not None:
             try:
-                values[key] = typed(item, given[key].raw)
+                values[item.name] = typed(item, given[item.name].raw)
             except ValueError as error:
-                problems.append(f"{key} ({given[key].origin}): {error}")
+                problems.append(f"{item.name} ({given[item.name].origin}): {error}")
     schedule = values.get("lr_scheduler_type")
     if schedule == "constant" and (values.get("warmup_steps") or values.get("warmup_ratio")):
         notices.append("lr_scheduler_type constant has no warm-up; see constant_with_warmup")
+    groups = {
+        group: kind(
+            **{item.name: values[item.name] for item in fields(kind) if item.name in values}
+        )
+        for group, kind in GROUPS.items()
+    }
     origins = {key: given[key].origin for key in values}
     try:
-        return _build(values, tuple(notices), origins), problems
+        return Settings(**groups, notices=tuple(notices), origins=origins), problems
     except RequestError as error:
         return Settings(), problems + list(error.problems)
 
 
-def _sort_out(given: dict[str, Given], fields: Mapping[str, object]) -> tuple[list[str], list[str]]:
-    """Remove the keys that are no settings; return the problems and the notices they cause."""
-    problems, ignored = [], []
-    known = [*fields, "neat_packing", *NOT_YET, *REFUSED, *IGNORED]
-    for key in [key for key in given if key not in fields and key != "neat_packing"]:
-        value = given.pop(key)
-        name = f"{key} ({value.origin})"
-        if key in NOT_YET:
+def _sort_out(given: dict[str, Given]) -> tuple[dict[str, Given], list[str], list[str]]:
+    """The keys that are settings; and the problems and notices that the others cause."""
+    names = [item.name for _, item in all_settings()]
+    settings: dict[str, Given] = {}
+    problems, notices, ignored = [], [], []
+    for key, value in given.items():
+        where = f"{key} ({value.origin})"
+        if key in names:
+            settings.setdefault(key, value)
+        elif key == "neat_packing":
+            if not asks_for_nothing(value.raw, OFF):
+                settings["packing"] = Given("true", value.origin)
+                notices.append(
+                    "neat_packing means packing: packed documents never see each other here"
+                )
+        elif key in NOT_YET:
             if not asks_for_nothing(value.raw, OFF):
                 problems.append(
-                    f"{name}: {value.raw!r} asks for {NOT_YET[key]}, "
+                    f"{where}: {value.raw!r} asks for {NOT_YET[key]}, "
                     "which this version does not do yet; remove the key"
                 )
         elif key in REFUSED:
             harmless, remedy = REFUSED[key]
             if not asks_for_nothing(value.raw, harmless):
-                problems.append(f"{name}: {value.raw!r} is not supported: {remedy}")
+                problems.append(f"{where}: {value.raw!r} is not supported: {remedy}")
         elif key in IGNORED or key.startswith(IGNORED_PREFIXES):
             ignored.append(key)
         else:
+            known = [*names, "neat_packing", *NOT_YET, *REFUSED, *IGNORED]
             close = difflib.get_close_matches(key, known, n=1)
             hint = f"did you mean {close[0]}?" if close else "--help lists every key"
-            problems.append(f"{name} is not a known key: {hint}")
-    notices = [f"ignored, they mean nothing here: {', '.join(sorted(ignored))}"] if ignored else []
-    return problems, notices
-
-
-def _build(
-    values: Mapping[str, Any], notices: tuple[str, ...], origins: Mapping[str, str]
-) -> Settings:
-    parts: dict[str, dict[str, Any]] = {"model": {}, "method": {}, "data": {}, "train": {}}
-    for group, item in all_settings():
-        if item.name in values:
-            parts[group][item.name] = values[item.name]
-    return Settings(
-        ModelSettings(**parts["model"]),
-        MethodSettings(**parts["method"]),
-        DataSettings(**parts["data"]),
-        TrainSettings(**parts["train"]),
-        notices,
-        origins,
-    )
+            problems.append(f"{where} is not a known key: {hint}")
+    if ignored:
+        notices.append(f"ignored, they mean nothing here: {', '.join(sorted(ignored))}")
+    return settings, problems, notices
 
 
 def help_text(command: str) -> str:
@@ -186,17 +169,15 @@ def help_text(command: str) -> str:
         f"usage: python -m minilora.{command} [CONFIG.yaml | CONFIG.json] [--key value ...]",
         "CONFIG holds the same keys, one `key: value` per line; --key value overrides it.",
     ]
-    heading = ""
-    for group, item in all_settings():
-        if group != heading:
-            lines += ["", f"{group}:"]
-            heading = group
-        line = f"  --{item.name:<28} {item.metadata['help']}"
-        if item.metadata["choices"]:
-            line += f" One of {', '.join(item.metadata['choices'])}."
-        if item.default not in (None, ()):
-            line += f" [{_shown(item.default)}]"
-        lines.append(line)
+    for group, kind in GROUPS.items():
+        lines += ["", f"{group}:"]
+        for item in fields(kind):
+            line = f"  --{item.name:<28} {item.metadata['help']}"
+            if item.metadata["choices"]:
+                line += f" One of {', '.join(item.metadata['choices'])}."
+            if item.default not in (None, ()):
+                line += f" [{_shown(item.default)}]"
+            lines.append(line)
     return "\n".join(lines)
 
 

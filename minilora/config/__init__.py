@@ -25,24 +25,21 @@ class RunError(Exception):
     """Something happened in the run: exit code 1, with what happened and the next step."""
 
 
+# A table: a line or two for each setting.
+# fmt: off
 @dataclass(frozen=True)
 class ModelSettings:
     """Which weights are trained, and how their attention is computed."""
 
     model_name_or_path: str | None = setting(
-        None, "Folder of the base model: config.json, *.safetensors and the tokenizer. Required."
-    )
+        None, "Folder of the base model: config.json, *.safetensors and the tokenizer. Required.")
     adapter_name_or_path: str | None = setting(
-        None, "Folder of a PEFT LoRA adapter to continue from; its step counter starts at 0."
-    )
+        None, "Folder of a PEFT LoRA adapter to continue from; its step counter starts at 0.")
     flash_attn: str = setting(
-        "auto",
-        "Attention kernel; auto takes the fastest that works here, and all give the same numbers.",
-        choices=("auto", "disabled", "sdpa", "fa2"),
-    )
+        "auto", "Attention kernel: auto takes the fastest that works; all give the same numbers.",
+        choices=("auto", "disabled", "sdpa", "fa2"))
     disable_gradient_checkpointing: bool = setting(
-        False, "Keep all activations instead of recomputing each block: faster, far more memory."
-    )
+        False, "Keep all activations instead of recomputing each block: faster, far more memory.")
 
 
 @dataclass(frozen=True)
@@ -52,14 +49,11 @@ class MethodSettings:
     stage: str = setting("sft", "sft trains on answers, pt on plain text.", choices=("sft", "pt"))
     lora_rank: int = setting(8, "Rank r of each LoRA pair.", at_least=1)
     lora_alpha: int | None = setting(
-        None, "LoRA strength: the update is scaled by alpha / rank. Default: 2 x rank.", at_least=1
-    )
+        None, "LoRA strength: the update is scaled by alpha / rank. Default: 2 x rank.", at_least=1)
     lora_dropout: float = setting(
-        0.0, "Share of the inputs of each LoRA pair dropped in training.", at_least=0, below=1
-    )
+        0.0, "Share of the inputs of each LoRA pair dropped in training.", at_least=0, below=1)
     lora_target: tuple[str, ...] = setting(
-        ("all",), "Layers that get a LoRA pair: all, or names such as q_proj,v_proj."
-    )
+        ("all",), "Layers that get a LoRA pair: all, or names such as q_proj,v_proj.")
 
     @property
     def alpha(self) -> int:
@@ -72,22 +66,17 @@ class DataSettings:
     """Which rows are trained on, and how they become tokens."""
 
     dataset: tuple[str, ...] = setting(
-        (), "Names from dataset_info.json and/or .json, .jsonl, .txt files. Required to train."
-    )
+        (), "Names from dataset_info.json and/or .json, .jsonl, .txt files. Required to train.")
     dataset_dir: str = setting("data", "Folder of dataset_info.json and of the files it names.")
     template: str | None = setting(
-        None, "Chat template, such as llama3. Default: the one that came with the base model."
-    )
+        None, "Chat template, such as llama3. Default: the one that came with the base model.")
     default_system: str | None = setting(
-        None, "System message of conversations that have none. Default: the template's own."
-    )
+        None, "System message of conversations that have none. Default: the template's own.")
     cutoff_len: int = setting(2048, "Longest conversation, in tokens; the rest is cut.", at_least=2)
     train_on_prompt: bool = setting(False, "Learn the questions too, not only the answers.")
     mask_history: bool = setting(False, "Learn only the last answer of each conversation.")
     packing: bool | None = setting(
-        None,
-        "Fill each row of a batch up to cutoff_len with whole documents. Default: only for pt.",
-    )
+        None, "Fill each row of a batch up to cutoff_len with documents. Default: only for pt.")
     max_samples: int | None = setting(None, "Use the first N rows of each dataset.", at_least=1)
 
 
@@ -98,35 +87,21 @@ class TrainSettings:
     output_dir: str | None = setting(None, "Folder for everything the run writes. Required.")
     overwrite_output_dir: bool = setting(False, "Write into output_dir though it holds a run.")
     per_device_train_batch_size: int = setting(
-        8, "Documents of one GPU per micro-batch; decides the step, not the memory.", at_least=1
-    )
+        8, "Documents of one GPU per micro-batch; decides the step, not the memory.", at_least=1)
     gradient_accumulation_steps: int = setting(
-        1, "Micro-batches per optimizer step; decides the step, not the memory.", at_least=1
-    )
+        1, "Micro-batches per optimizer step; decides the step, not the memory.", at_least=1)
     learning_rate: float = setting(5e-5, "Highest learning rate.", above=0)
     num_train_epochs: float = setting(3.0, "Passes over the data.", above=0)
     max_steps: int = setting(
-        -1, "Stop after this many optimizer steps, whatever num_train_epochs says.", at_least=-1
-    )
+        -1, "Stop after this many optimizer steps, whatever num_train_epochs says.", at_least=-1)
     lr_scheduler_type: str = setting(
-        "linear",
-        "How the learning rate falls after the warm-up.",
-        choices=(
-            "linear",
-            "cosine",
-            "cosine_with_restarts",
-            "polynomial",
-            "constant",
-            "constant_with_warmup",
-            "inverse_sqrt",
-        ),
-    )
+        "linear", "How the learning rate falls after the warm-up.",
+        choices=("linear", "cosine", "cosine_with_restarts", "polynomial", "constant",
+                 "constant_with_warmup", "inverse_sqrt"))
     warmup_ratio: float = setting(
-        0.0, "Share of the steps in which the learning rate rises.", at_least=0, at_most=1
-    )
+        0.0, "Share of the steps in which the learning rate rises.", at_least=0, at_most=1)
     warmup_steps: int = setting(
-        0, "Steps in which the learning rate rises; overrides warmup_ratio.", at_least=0
-    )
+        0, "Steps in which the learning rate rises; overrides warmup_ratio.", at_least=0)
     weight_decay: float = setting(0.0, "AdamW weight decay.", at_least=0)
     max_grad_norm: float = setting(1.0, "Clip the gradient to this norm; 0 = never.", at_least=0)
     adam_beta1: float = setting(0.9, "AdamW beta1.", at_least=0, below=1)
@@ -135,46 +110,35 @@ class TrainSettings:
     optim: str = setting("adamw_torch", "Optimizer.", choices=("adamw_torch", "adamw_torch_fused"))
     bf16: bool | None = setting(None, "Compute in bfloat16. Default: on a GPU yes, on a CPU no.")
     seed: int = setting(
-        42, "Seed of data order, LoRA start and dropout.", at_least=0, at_most=2**32 - 1
-    )
+        42, "Seed of data order, LoRA start and dropout.", at_least=0, at_most=2**32 - 1)
     disable_shuffling: bool = setting(False, "Keep the rows in the order of the files.")
     logging_steps: int = setting(
-        10, "Steps per line of trainer_log.jsonl (10 is ours; the Trainer's is 500).", at_least=1
-    )
+        10, "Steps per line of trainer_log.jsonl (10 is ours; the Trainer's is 500).", at_least=1)
     save_strategy: str = setting(
-        "steps", "When to write a snapshot to resume from.", choices=("steps", "epoch", "no")
-    )
+        "steps", "When to write a snapshot to resume from.", choices=("steps", "epoch", "no"))
     save_steps: int = setting(500, "Steps per snapshot with save_strategy steps.", at_least=1)
     save_only_model: bool = setting(False, "Snapshots hold the adapter only: smaller, no resume.")
     save_total_limit: int | None = setting(
-        None, "Keep only the newest N snapshots. Default: all.", at_least=1
-    )
+        None, "Keep only the newest N snapshots. Default: all.", at_least=1)
     resume_from_checkpoint: str | None = setting(
-        None, "true: go on from the newest snapshot in output_dir, if any; or a snapshot's folder."
-    )
+        None, "true: go on from the newest snapshot in output_dir, if any; or a snapshot's folder.")
     plot_loss: bool = setting(True, "Draw training_loss.png (on is ours; needs matplotlib).")
     deepspeed: str | None = setting(
-        None, "DeepSpeed's JSON file. Default: the zero3.json that comes with minilora."
-    )
+        None, "DeepSpeed's JSON file. Default: the zero3.json that comes with minilora.")
     # 1e9 s is where a timeout in nanoseconds still fits 64 bits.
     ddp_timeout: int = setting(
-        1800, "Seconds a rank waits for the others.", at_least=1, at_most=10**9
-    )
+        1800, "Seconds a rank waits for the others.", at_least=1, at_most=10**9)
     tile_tokens: int = setting(
-        4096, "Ours: tokens a block computes at a time; bounds its working memory.", at_least=1
-    )
+        4096, "Ours: tokens a block computes at a time; bounds its working memory.", at_least=1)
     gather_tokens: int | None = setting(
-        None,
-        "Ours: tokens per gather of a block; bounds the saved inputs. Default: the whole step.",
-        at_least=1,
-    )
+        None, "Ours: tokens per gather of a block; bounds saved inputs. Default: the whole step.",
+        at_least=1)
     loss_tokens: int = setting(
-        1024, "Ours: labelled tokens whose logits exist at one time in the loss.", at_least=1
-    )
+        1024, "Ours: labelled tokens whose logits exist at one time in the loss.", at_least=1)
     offload_activations: bool = setting(
-        False, "Ours: keep the blocks' inputs in host memory between forward and backward."
-    )
+        False, "Ours: keep the blocks' inputs in host memory between forward and backward.")
     verbose_deepspeed: bool = setting(False, "Ours: print DeepSpeed's own log lines too.")
+# fmt: on
 
 
 @dataclass(frozen=True)
@@ -195,14 +159,13 @@ class Settings:
     origins: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        values = self.to_dict()
         problems = [
             problem
-            for group in (self.model, self.method, self.data, self.train)
-            for item in dataclasses.fields(group)
-            for problem in value_problems(item, getattr(group, item.name), self.name_of(item.name))
+            for _, item in all_settings()
+            for problem in value_problems(item, values[item.name], self.name_of(item.name))
         ]
-        problems += [] if problems else self._joint_problems()
-        if problems:
+        if problems := problems or self._joint_problems():
             raise RequestError(problems)
 
     @property
@@ -212,47 +175,39 @@ class Settings:
 
     def to_dict(self) -> dict[str, Any]:
         """Every key and value, flat and in the order of --help."""
-        groups = (self.model, self.method, self.data, self.train)
-        return {name: value for group in groups for name, value in vars(group).items()}
+        return {
+            item.name: getattr(getattr(self, group), item.name) for group, item in all_settings()
+        }
 
     def name_of(self, key: str) -> str:
         """The key as messages name it: with the place its value came from."""
         return f"{key} ({self.origins[key]})" if key in self.origins else key
 
     def _joint_problems(self) -> list[str]:
-        problems = []
-        if self.data.mask_history and self.data.train_on_prompt:
-            problems.append(
-                f"{self.name_of('mask_history')} and {self.name_of('train_on_prompt')} "
-                "contradict each other: set one of them to false"
-            )
-        if "all" in self.method.lora_target and len(self.method.lora_target) > 1:
-            problems.append(
-                f"{self.name_of('lora_target')}: all already means every layer; "
-                "give all alone, or only names"
-            )
-        if self.train.offload_activations and self.model.disable_gradient_checkpointing:
-            problems.append(
-                f"{self.name_of('offload_activations')} moves the inputs that recomputing starts "
-                "from: set disable_gradient_checkpointing to false"
-            )
+        data, targets, name = self.data, self.method.lora_target, self.name_of
         gather, tile = self.train.gather_tokens, self.train.tile_tokens
-        if gather is not None and gather < tile:
-            problems.append(
-                f"{self.name_of('gather_tokens')}: {gather} is less than tile_tokens {tile}; "
-                "raise it or lower tile_tokens"
-            )
-        return problems
+        wrong = {
+            f"{name('mask_history')} and {name('train_on_prompt')} contradict each other: "
+            "set one of them to false": data.mask_history and data.train_on_prompt,
+            f"{name('lora_target')}: all already means every layer; give all alone, or only names":
+                "all" in targets and len(targets) > 1,
+            f"{name('gather_tokens')}: {gather} is less than tile_tokens {tile}; raise it or lower "
+            "tile_tokens": gather is not None and gather < tile,
+        }  # fmt: skip
+        return [problem for problem, found in wrong.items() if found]
+
+
+# The fields of Settings that hold settings, in the order of --help.
+GROUPS: Mapping[str, type[Any]] = {
+    "model": ModelSettings,
+    "method": MethodSettings,
+    "data": DataSettings,
+    "train": TrainSettings,
+}
 
 
 def all_settings() -> Iterator[tuple[str, "Field[Any]"]]:
-    """Every setting as (group, field), group being model, method, data or train."""
-    groups = {
-        "model": ModelSettings,
-        "method": MethodSettings,
-        "data": DataSettings,
-        "train": TrainSettings,
-    }
-    for group, declaration in groups.items():
+    """Every setting as (group, field), group being one of GROUPS."""
+    for group, declaration in GROUPS.items():
         for item in dataclasses.fields(declaration):
             yield group, item

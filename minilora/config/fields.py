@@ -1,6 +1,5 @@
-"""How one setting is declared and checked: type, allowed values and limits."""
+"""How one setting is declared, read from text and checked: type, allowed values and limits."""
 
-import math
 import operator
 import sys
 import types
@@ -9,11 +8,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import Field, field
 from typing import Any
 
-LIMITS: Mapping[str, tuple[Callable[[Any, Any], bool], str]] = {
-    "above": (operator.gt, "above"),
-    "at_least": (operator.ge, "at least"),
-    "below": (operator.lt, "below"),
-    "at_most": (operator.le, "at most"),
+LIMITS: Mapping[str, Callable[[Any, Any], bool]] = {
+    "above": operator.gt,
+    "at_least": operator.ge,
+    "below": operator.lt,
+    "at_most": operator.le,
 }
 KINDS: Mapping[type, str] = {
     bool: "true or false",
@@ -24,8 +23,10 @@ KINDS: Mapping[type, str] = {
 }
 # Nothing here is counted past 1e12; a float may be anything but nan and infinity.
 LARGEST: Mapping[type, float] = {int: 10**12, float: sys.float_info.max}
-TRUE = ("true", "yes", "on", "1")
-FALSE = ("false", "no", "off", "0")
+BOOLEANS: Mapping[str, bool] = {
+    "true": True, "yes": True, "on": True, "1": True,
+    "false": False, "no": False, "off": False, "0": False,
+}  # fmt: skip
 
 
 def setting(default: Any, text: str, *, choices: tuple[str, ...] = (), **limits: float) -> Any:
@@ -46,35 +47,42 @@ def typed(item: "Field[Any]", raw: object) -> Any:
 
     Raises ValueError saying what the text is not.
     """
-    kind = kind_of(item)[0]
-    if kind is tuple:
-        # LLaMA-Factory takes "a,b", a YAML list, and "[a,b]" on the command line.
-        parts = raw.strip("[]").split(",") if isinstance(raw, str) else raw
-        if isinstance(parts, list) and all(isinstance(part, str) for part in parts):
-            names = tuple(part.strip(" '\"") for part in parts)
-            if any(names):
-                return tuple(name for name in names if name)
-    elif isinstance(raw, str):
-        text = raw.strip().lower()
-        if kind is str:
-            return raw
-        if kind is bool and text in TRUE + FALSE:
-            return text in TRUE
+    kind, _ = kind_of(item)
+    text = raw.strip().lower() if isinstance(raw, str) else ""
+    try:
+        if kind is tuple:
+            return _names(raw)
+        if kind is bool:
+            return BOOLEANS[text]
         if kind in (int, float):
-            try:
-                return int(text) if kind is int else float(text)
-            except ValueError:
-                # "10.0" and "1e5" are whole numbers too.
-                if kind is int and (number := _float(text)).is_integer():
-                    return int(number)
+            return float(text) if kind is float else _whole(text)
+        if isinstance(raw, str):
+            return raw
+    except (KeyError, ValueError):
+        pass
     raise ValueError(f"{raw!r} is not {KINDS[kind]}")
 
 
-def _float(text: str) -> float:
+def _names(raw: object) -> tuple[str, ...]:
+    """LLaMA-Factory takes "a,b", a YAML list, and "[a,b]" on the command line."""
+    parts = raw.strip("[]").split(",") if isinstance(raw, str) else raw
+    if not isinstance(parts, list) or not all(isinstance(part, str) for part in parts):
+        raise ValueError(raw)
+    names = [part.strip(" '\"") for part in parts]
+    if not any(names):
+        raise ValueError(raw)
+    return tuple(name for name in names if name)
+
+
+def _whole(text: str) -> int:
+    """A whole number, which may be written "10.0" or "1e5" too."""
     try:
-        return float(text)
+        return int(text)
     except ValueError:
-        return math.nan
+        number = float(text)
+        if not number.is_integer():
+            raise
+        return int(number)
 
 
 def value_problems(item: "Field[Any]", value: Any, name: str) -> list[str]:
@@ -82,13 +90,10 @@ def value_problems(item: "Field[Any]", value: Any, name: str) -> list[str]:
     kind, optional = kind_of(item)
     if value is None and optional:
         return []
-    wanted = KINDS[kind]
     # bool is a subclass of int, but "lora_rank: true" is a mistake; 1 is fine as a float.
     right = type(value) is kind or (kind is float and type(value) is int)
-    if kind is tuple and right:
-        right = all(isinstance(part, str) and part for part in value)
-    if not right:
-        return [f"{name}: {value!r} is not {wanted}"]
+    if not right or (kind is tuple and not all(isinstance(part, str) and part for part in value)):
+        return [f"{name}: {value!r} is not {KINDS[kind]}"]
     if kind in LARGEST and not abs(value) <= LARGEST[kind]:
         return [f"{name}: {value} is out of range"]
     if kind is str and (not value or "\0" in value):
@@ -97,7 +102,7 @@ def value_problems(item: "Field[Any]", value: Any, name: str) -> list[str]:
     if choices and value not in choices:
         return [f"{name}: {value!r} is not one of {', '.join(choices)}"]
     return [
-        f"{name}: {value} must be {LIMITS[limit][1]} {bound}"
+        f"{name}: {value} must be {limit.replace('_', ' ')} {bound}"
         for limit, bound in item.metadata["limits"].items()
-        if not LIMITS[limit][0](value, bound)
+        if not LIMITS[limit](value, bound)
     ]

@@ -14,7 +14,6 @@ Raw = str | list[Any] | dict[Any, Any] | None
 
 NULL = ("", "~", "null", "Null", "NULL")
 _WANTED = "settings; write one `key: value` per line, such as `lora_rank: 16`"
-_REMEDY = "correct that line (`key: value`, spaces instead of tabs)"
 
 
 @dataclass(frozen=True)
@@ -32,19 +31,20 @@ def read_file(path: str) -> tuple[dict[str, Given], list[str]]:
     """
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
-    except (OSError, ValueError) as error:
-        broken = isinstance(error, UnicodeDecodeError)
-        reason = "not UTF-8 text" if broken else getattr(error, "strerror", None) or error
-        raise RequestError(
-            [f"{path}: cannot read the settings: {reason}; check the path"]
-        ) from None
-    try:
         return (_read_json if path.endswith(".json") else _read_yaml)(path, text)
     except RecursionError:
-        raise RequestError([f"{path}: nested too deeply; write key: value lines"]) from None
+        problem = f"{path}: nested too deeply; write key: value lines"
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        if isinstance(error, UnicodeDecodeError):
+            reason = "not UTF-8 text"
+        problem = f"{path}: cannot read the settings: {reason}; check the path"
+    raise RequestError([problem])
 
 
 def _read_yaml(path: str, text: str) -> tuple[dict[str, Given], list[str]]:
+    given: dict[str, Given] = {}
+    problems = []
     # BaseLoader leaves every scalar as it was written: YAML 1.1 would read `no` as false and
     # `5e-5` as text, and only the setting knows which type it wants.
     try:
@@ -52,8 +52,6 @@ def _read_yaml(path: str, text: str) -> tuple[dict[str, Given], list[str]]:
         node = loader.get_single_node()
         if not isinstance(node, yaml.MappingNode):
             raise RequestError([f"{path}: {'not' if node else 'empty: no'} {_WANTED}"])
-        given: dict[str, Given] = {}
-        problems = []
         for key_node, value_node in node.value:
             key = str(loader.construct_object(key_node, deep=True))
             origin = f"{path}:{key_node.start_mark.line + 1}"
@@ -68,7 +66,8 @@ def _read_yaml(path: str, text: str) -> tuple[dict[str, Given], list[str]]:
         mark = getattr(error, "problem_mark", None)
         place = f"{path}:{mark.line + 1}" if mark else path
         reason = getattr(error, "problem", None) or getattr(error, "reason", None) or "broken"
-        raise RequestError([f"{place}: not YAML: {reason}; {_REMEDY}"]) from None
+        remedy = "correct that line (`key: value`, spaces instead of tabs)"
+        raise RequestError([f"{place}: not YAML: {reason}; {remedy}"]) from None
     return given, problems
 
 
@@ -79,7 +78,7 @@ def _read_json(path: str, text: str) -> tuple[dict[str, Given], list[str]]:
         names = [name for name, _ in pairs]
         twice = sorted({name for name in names if names.count(name) > 1})
         problems.extend(f"{name} ({path}) stands there more than once" for name in twice)
-        return dict(pairs)
+        return {name: str(raw).lower() if isinstance(raw, bool) else raw for name, raw in pairs}
 
     try:
         # Numbers stay as they were written, like in YAML.
@@ -87,13 +86,8 @@ def _read_json(path: str, text: str) -> tuple[dict[str, Given], list[str]]:
             text, object_pairs_hook=mapping, parse_int=str, parse_float=str, parse_constant=str
         )
     except json.JSONDecodeError as error:
-        where = f"{path}:{error.lineno}"
-        raise RequestError([f"{where}: not JSON: {error.msg}; correct that line"]) from None
+        problem = f"{path}:{error.lineno}: not JSON: {error.msg}; correct that line"
+        raise RequestError([problem]) from None
     if not isinstance(loaded, dict):
         raise RequestError([f"{path}: not {_WANTED}"])
-    words = {True: "true", False: "false"}
-    given = {
-        key: Given(words[raw] if isinstance(raw, bool) else raw, path)
-        for key, raw in loaded.items()
-    }
-    return given, problems
+    return {key: Given(raw, path) for key, raw in loaded.items()}, problems
