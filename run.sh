@@ -138,6 +138,7 @@ train)
 test)
     install test
     cd "$here"
-    exec "$venv/bin/python" -m pytest "$@"
+    # Two workers, each with whole files: most tests share the processes that a file starts.
+    exec "$venv/bin/python" -m pytest -n 2 --dist loadfile "$@"
     ;;
 esac
