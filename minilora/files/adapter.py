@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from minilora.config import RequestError, RunError
-from minilora.files.weights import read_json
+from minilora.config.reading import read_json
 from minilora.model.lora import LoraShape, resolve_targets
 from minilora.model.shape import LlamaShape
 

@@ -19,8 +19,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from minilora.config import RequestError, RunError
+from minilora.config.reading import read_json
 from minilora.files.adapter import CONFIG, WEIGHTS, check_adapter, stored_name, write_adapter
-from minilora.files.weights import INDEX, SINGLE, Checkpoint, StoredTensor, read_json
+from minilora.files.weights import INDEX, SINGLE, Checkpoint, StoredTensor
 from minilora.model.lora import LoraShape
 from minilora.model.shape import LlamaShape
 

@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from minilora.config import RequestError
+from minilora.config.reading import read_json
 from minilora.files.adapter import write_adapter, write_atomically
-from minilora.files.weights import read_json
 from minilora.model.lora import LoraShape
 
 STATE, TENSORS = "snapshot.json", "snapshot.safetensors"

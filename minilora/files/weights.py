@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from minilora.config import RequestError
+from minilora.config.reading import read_json
 from minilora.model.shape import LlamaShape
 
 INDEX = "model.safetensors.index.json"
@@ -119,23 +120,6 @@ def fingerprint(checkpoint: Checkpoint) -> str:
     norm = torch.empty(checkpoint.shape.hidden_size)
     read_pieces(checkpoint, [Piece("model.norm.weight", 0, norm)])
     return hashlib.sha256(norm.numpy().tobytes()).hexdigest()
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object. Raises RequestError naming the file, and the line where there is one."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise RequestError([f"{path}: no such file"]) from None
-    except OSError as error:
-        raise RequestError([f"{path}: {error.strerror}"]) from None
-    except json.JSONDecodeError as error:
-        raise RequestError([f"{path}:{error.lineno}: not JSON: {error.msg}"]) from None
-    except (UnicodeDecodeError, RecursionError) as error:
-        raise RequestError([f"{path}: not JSON in UTF-8: {error}"]) from None
-    if not isinstance(value, dict):
-        raise RequestError([f"{path}: a JSON object is needed, not {type(value).__name__}"])
-    return value
 
 
 def _files(folder: Path, problems: list[str]) -> dict[Path, set[str] | None]:

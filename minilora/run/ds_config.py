@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from minilora.config import RequestError, TrainSettings
-from minilora.files.weights import read_json
+from minilora.config.reading import read_json
 
 SHIPPED = resources.files("minilora") / "ds_configs"
 
