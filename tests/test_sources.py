@@ -108,7 +108,7 @@ def test_all_unusable_names_are_reported_at_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "problem"), [("{\n,", ":2: not valid JSON: "), ("[]", ": expected an object")]
+    ("text", "problem"), [("{\n,", ":2: not JSON: "), ("[]", ": a JSON object is needed")]
 )
 def test_a_broken_dataset_info_is_named(text: str, problem: str, tmp_path: Path) -> None:
     (tmp_path / "dataset_info.json").write_text(text)

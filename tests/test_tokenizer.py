@@ -44,7 +44,7 @@ def test_unusable_tokenizers_and_templates(tmp_path: Path, tokenizer: Tokenizer)
     with pytest.raises(RequestError, match="says no eos_token"):
         load_tokenizer(write_folder(tmp_path, eos_token=None))
     (tmp_path / "tokenizer_config.json").write_text("[")
-    with pytest.raises(RequestError, match=r"tokenizer_config\.json: not valid JSON"):
+    with pytest.raises(RequestError, match=r"tokenizer_config\.json:1: not JSON"):
         load_tokenizer(tmp_path)
     other = Backend(models.BPE())
     other.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")

@@ -12,7 +12,7 @@ from minilora.config import RequestError
 from minilora.data.batches import Bools, Int32s
 from minilora.data.conversations import ANSWERS, BadRow, Conversation, Turn
 from minilora.data.records import Tally
-from minilora.data.templates import Llama3, OwnTemplate, Renderer
+from minilora.data.templates import Llama3, OwnTemplate
 from minilora.data.tokenizer import Rendered, Tokenizer, encode
 
 Encoded = tuple[Int32s, Bools]
@@ -26,7 +26,7 @@ class Template:
     """How a model reads conversations. stop_ids: tokens that end an answer."""
 
     tokenizer: Tokenizer
-    renderer: Renderer
+    renderer: Llama3 | OwnTemplate
     default_system: str | None
     stop_ids: tuple[int, ...]
 
@@ -45,14 +45,14 @@ class Template:
         Raises RequestError if too many are left out.
         """
         encoded: list[Encoded] = []
-        dropped: dict[str, list[str]] = {}
+        dropped: list[tuple[str, str]] = []
         for chunk in _chunks(conversations):
             rendered: list[tuple[Rendered, str]] = []
             for conversation in chunk:
                 try:
                     rendered.append((self._render(conversation.turns), conversation.source))
                 except BadRow as error:
-                    dropped.setdefault(str(error), []).append(conversation.source)
+                    dropped.append((str(error), conversation.source))
             rows = encode(self.tokenizer, [row for row, _ in rendered], self.renderer.joined)
             for (tokens, ends), (_, source) in zip(rows, rendered, strict=True):
                 result = fit(
@@ -65,11 +65,8 @@ class Template:
                 if result[1][1:].any():
                     encoded.append(result)
                 else:
-                    reason = f"no answer left within cutoff_len {cutoff_len}"
-                    dropped.setdefault(reason, []).append(source)
-        tally = Tally(len(encoded), {reason: tuple(at) for reason, at in dropped.items()})
-        tally.check()
-        return encoded, tally
+                    dropped.append((f"no answer left within cutoff_len {cutoff_len}", source))
+        return encoded, Tally.of(len(encoded), dropped)
 
     def prompt(self, turns: Sequence[Turn]) -> list[int]:
         """Tokens up to where the next answer starts. Raises ValueError if an answer is last."""
@@ -171,23 +168,16 @@ def fit(
     """
     edges = [0, *ends]
     turns = list(zip(edges[0::2], edges[1::2], edges[2::2], strict=False))
-    kept: list[list[tuple[Int32s, bool]]] = []
+    pieces: list[tuple[Int32s, bool]] = []
     room = cutoff_len
     for start, middle, end in reversed(turns) if mask_history else turns:
         if room <= 0:
             break
         source, answer = shares(middle - start, end - middle, room)
         room -= source + answer
-        learn = not (mask_history and kept)
-        kept.append(
-            [
-                (tokens[start : start + source], train_on_prompt),
-                (tokens[middle : middle + answer], learn),
-            ]
-        )
-    if mask_history:
-        kept.reverse()
-    pieces = [piece for turn in kept for piece in turn]
+        question = (tokens[start : start + source], train_on_prompt)
+        reply = (tokens[middle : middle + answer], not (mask_history and pieces))
+        pieces = [question, reply, *pieces] if mask_history else [*pieces, question, reply]
     trained = np.repeat([learn for _, learn in pieces], [len(ids) for ids, _ in pieces])
     return np.concatenate([ids for ids, _ in pieces]), trained
 

@@ -9,6 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 ANSWERS = ("assistant", "call")
+# LLaMA-Factory's names for the roles, in the order in which messages list them.
+ROLES = {"user_tag": "user", "assistant_tag": "assistant", "observation_tag": "tool",
+         "function_tag": "call", "system_tag": "system"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -78,13 +81,7 @@ def _messages(row: Any, columns: Mapping[str, str], tags: Mapping[str, str]) -> 
 
 
 def _message(message: Mapping[str, Any], tags: Mapping[str, str]) -> Turn:
-    roles = {
-        tags["user_tag"]: "user",
-        tags["assistant_tag"]: "assistant",
-        tags["observation_tag"]: "tool",
-        tags["function_tag"]: "call",
-        tags["system_tag"]: "system",
-    }
+    roles = {tags[tag]: role for tag, role in ROLES.items()}
     name = message.get(tags["role_tag"])
     if not isinstance(name, str) or name not in roles:
         raise BadRow(f"role {name!r} is none of {', '.join(roles)}")

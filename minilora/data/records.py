@@ -1,6 +1,6 @@
 """The conversations of all datasets, and a tally of the rows that could not be used."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -37,13 +37,28 @@ class Tally:
     kept: int
     dropped: Mapping[str, tuple[str, ...]]
 
+    @classmethod
+    def of(cls, kept: int, dropped: Iterable[tuple[str, str]]) -> "Tally":
+        """Sort (reason, place) pairs by reason.
+
+        Raises RequestError if no row is left, or more than 1 % (and more than five) are dropped.
+        """
+        places: dict[str, list[str]] = {}
+        for reason, place in dropped:
+            places.setdefault(reason, []).append(place)
+        tally = cls(kept, {reason: tuple(found) for reason, found in places.items()})
+        bad = sum(map(len, places.values()))
+        if kept == 0:
+            raise RequestError([f"no usable rows: {tally.summary()}"])
+        if bad > max(TOLERATED_ROWS, TOLERATED_SHARE * (kept + bad)):
+            raise RequestError([f"too many unusable rows (over 1 %): {tally.summary()}"])
+        return tally
+
     def then(self, later: "Tally") -> "Tally":
         """This tally and that of a later stage, which got the rows kept here."""
-        reasons = list(dict.fromkeys([*self.dropped, *later.dropped]))
-        places = {
-            reason: self.dropped.get(reason, ()) + later.dropped.get(reason, ())
-            for reason in reasons
-        }
+        places = dict(self.dropped)
+        for reason, more in later.dropped.items():
+            places[reason] = places.get(reason, ()) + more
         return Tally(later.kept, places)
 
     def summary(self) -> str:
@@ -55,15 +70,6 @@ class Tally:
             for reason, places in self.dropped.items()
         )
 
-    def check(self) -> None:
-        """Raise RequestError if no row is left, or more than 1 % (and more than five) are bad."""
-        bad = sum(map(len, self.dropped.values()))
-        limit = max(TOLERATED_ROWS, TOLERATED_SHARE * (self.kept + bad))
-        if self.kept == 0:
-            raise RequestError([f"no usable rows: {self.summary()}"])
-        if bad > limit:
-            raise RequestError([f"too many unusable rows (over 1 %): {self.summary()}"])
-
 
 def read_conversations(
     names: Sequence[str], data: DataSettings, stage: str
@@ -73,7 +79,7 @@ def read_conversations(
     Raises RequestError with every missing, broken or unsuitable file, or if too many rows are bad.
     """
     conversations: list[Conversation] = []
-    dropped: dict[str, list[str]] = {}
+    dropped: list[tuple[str, str]] = []
     problems: list[str] = []
     for source in find_sources(tuple(names), Path(data.dataset_dir)):
         try:
@@ -86,12 +92,10 @@ def read_conversations(
             try:
                 conversations.append(Conversation(convert(row.value), row.place))
             except BadRow as error:
-                dropped.setdefault(str(error), []).append(row.place)
+                dropped.append((str(error), row.place))
     if problems:
         raise RequestError(problems)
-    tally = Tally(len(conversations), {reason: tuple(at) for reason, at in dropped.items()})
-    tally.check()
-    return conversations, tally
+    return conversations, Tally.of(len(conversations), dropped)
 
 
 def _select(rows: list[Row], num_samples: int | None, max_samples: int | None) -> list[Row]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from minilora.config import RequestError
+from minilora.config.reading import parse_json, read_json, read_text
 
 # LLaMA-Factory's defaults (data/parser.py), and those of OpenAI's fine-tuning files.
 SHAREGPT_TAGS = {
@@ -19,14 +20,12 @@ SHAREGPT_TAGS = {
     "function_tag": "function_call",
     "system_tag": "system",
 }
-OPENAI_TAGS = {
+OPENAI_TAGS = SHAREGPT_TAGS | {
     "role_tag": "role",
     "content_tag": "content",
     "user_tag": "user",
     "assistant_tag": "assistant",
     "observation_tag": "tool",
-    "function_tag": "function_call",
-    "system_tag": "system",
 }
 REQUIRED_COLUMNS = {
     "alpaca": {"prompt": "instruction", "response": "output"},
@@ -65,33 +64,18 @@ def find_sources(names: tuple[str, ...], folder: Path) -> list[Source]:
 
     Raises RequestError with every name, entry or file that cannot be used.
     """
+    info_path = folder / "dataset_info.json"
+    info = read_json(info_path) if info_path.is_file() else {}
     sources: list[Source] = []
     problems: list[str] = []
-    info_path = folder / "dataset_info.json"
-    info: Mapping[str, Any] = {}
-    try:
-        if info_path.is_file():
-            info = _json_object(info_path)
-        for name in names:
-            try:
-                sources.append(_find(name, info, info_path))
-            except RequestError as error:
-                problems += error.problems
-    except RequestError as error:
-        problems += error.problems
+    for name in names:
+        try:
+            sources.append(_find(name, info, info_path))
+        except RequestError as error:
+            problems += error.problems
     if problems:
         raise RequestError(problems)
     return sources
-
-
-def _json_object(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(_read_text(path))
-    except json.JSONDecodeError as error:
-        raise RequestError([f"{path}:{error.lineno}: not valid JSON: {error.msg}"]) from None
-    if not isinstance(value, dict):
-        raise RequestError([f"{path}: expected an object of datasets by name"])
-    return value
 
 
 def _find(name: str, info: Mapping[str, Any], info_path: Path) -> Source:
@@ -102,16 +86,17 @@ def _find(name: str, info: Mapping[str, Any], info_path: Path) -> Source:
         known = f"; it has {', '.join(list(info)[:20])}" if info else ""
         hint = f"; did you mean {close[0]}?" if close else known
         raise RequestError([f"dataset: {name} is neither in {info_path} nor a file{hint}"])
-    path = Path(name) if Path(name).is_file() else info_path.parent / name
-    if problems := _file_problems(path if path.is_file() else Path(name)):
-        raise RequestError([f"dataset {name}: {problem}" for problem in problems])
+    beside = info_path.parent / name
+    path = beside if beside.is_file() and not Path(name).is_file() else Path(name)
+    if problem := _file_problem(path):
+        raise RequestError([f"dataset {name}: {problem}"])
     return Source(path)
 
 
-def _file_problems(path: Path) -> list[str]:
+def _file_problem(path: Path) -> str:
     if path.suffix not in (".json", ".jsonl", ".txt"):
-        return [f"cannot read {path}; convert it to .json, .jsonl or .txt"]
-    return [] if path.is_file() else [f"no such file: {path}"]
+        return f"cannot read {path}; convert it to .json, .jsonl or .txt"
+    return "" if path.is_file() else f"no such file: {path}"
 
 
 def _from_entry(name: str, entry: Any, info_path: Path) -> Source:
@@ -138,7 +123,8 @@ def _from_entry(name: str, entry: Any, info_path: Path) -> Source:
     if samples is not None and (type(samples) is not int or samples < 1):
         problems.append(f"num_samples must be a whole number above 0, not {samples!r}")
     path = info_path.parent / entry["file_name"]
-    problems += _file_problems(path)
+    if problem := _file_problem(path):
+        problems.append(problem)
     if problems:
         raise RequestError([f"{where}: {problem}" for problem in problems])
     return Source(path, formatting, columns, tags, samples)
@@ -149,47 +135,24 @@ def read_rows(path: Path) -> list[Row]:
 
     Raises RequestError naming the lines that are not UTF-8 or not JSON.
     """
-    text = _read_text(path)
-    if path.suffix == ".txt":
-        return [
-            Row(f"{path}:{number}", {"text": line})
-            for number, line in enumerate(_lines(text), start=1)
-            if line.strip()
-        ]
-    if text.lstrip()[:1] == "[":
-        try:
-            rows = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise RequestError([f"{path}:{error.lineno}: not valid JSON: {error.msg}"]) from None
-        return [Row(f"{path} row {number}", value) for number, value in enumerate(rows, start=1)]
-    return _read_json_lines(path, text)
-
-
-def _read_json_lines(path: Path, text: str) -> list[Row]:
+    text = read_text(path)
+    if path.suffix != ".txt" and text.lstrip()[:1] == "[":
+        values = parse_json(path, text)
+        return [Row(f"{path} row {number}", value) for number, value in enumerate(values, start=1)]
     rows, problems = [], []
-    for number, line in enumerate(_lines(text), start=1):
-        if line.strip():
-            try:
-                rows.append(Row(f"{path}:{number}", json.loads(line)))
-            except json.JSONDecodeError as error:
-                problems.append(f"{path}:{number}: not a JSON object on one line: {error.msg}")
+    # Lines as editors count them: str.splitlines would also cut at U+2028 and form feeds.
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            line = line.removesuffix("\r")
+            value = {"text": line} if path.suffix == ".txt" else json.loads(line)
+            rows.append(Row(f"{path}:{number}", value))
+        except json.JSONDecodeError as error:
+            problems.append(f"{path}:{number}: not a JSON object on one line: {error.msg}")
     if len(problems) > MOST_BROKEN_LINES:
         more = f"{path}: {len(problems) - MOST_BROKEN_LINES} more lines are broken"
         problems = [*problems[:MOST_BROKEN_LINES], more]
     if problems:
         raise RequestError(problems)
     return rows
-
-
-def _lines(text: str) -> list[str]:
-    """Lines as editors count them: str.splitlines would also cut at U+2028 and form feeds."""
-    return [line.removesuffix("\r") for line in text.split("\n")]
-
-
-def _read_text(path: Path) -> str:
-    data = path.read_bytes()
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data[: error.start].count(b"\n") + 1
-        raise RequestError([f"{path}:{line}: not UTF-8; save the file as UTF-8"]) from None

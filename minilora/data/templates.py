@@ -4,8 +4,8 @@ import datetime
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any, Protocol
+from functools import cached_property, partial
+from typing import Any
 
 import jinja2
 import jinja2.ext
@@ -22,29 +22,15 @@ MOST_ADDED = 1_000_000
 MOST_FACTOR = 8
 
 
-class Renderer(Protocol):
-    """Turns to text, cut into source, answer, source, answer, ...; a last source is a prompt.
-
-    joined: whether the text is encoded as a whole, or every part alone.
-    """
-
-    @property
-    def joined(self) -> bool: ...
-
-    def parts(self, turns: Sequence[Turn]) -> list[str]:
-        """The parts; together they are the whole text. Raises BadRow for turns it cannot show."""
-        ...
-
-
 @dataclass(frozen=True)
 class Llama3:
     """LLaMA-Factory's `llama3` (data/template.py): texts as they are, and no date."""
 
     bos: str
-    joined = False
+    joined = False  # every part is encoded alone
 
     def parts(self, turns: Sequence[Turn]) -> list[str]:
-        """See `Renderer`."""
+        """The text, cut into source, answer, source, answer, ...; a last source is a prompt."""
         parts, source = [], self.bos
         for turn in turns:
             if turn.role == "system":
@@ -91,7 +77,7 @@ class OwnTemplate:
 
     text: str
     named: Mapping[str, str]
-    joined = True
+    joined = True  # the text is encoded as a whole
 
     def __post_init__(self) -> None:
         try:
@@ -101,20 +87,21 @@ class OwnTemplate:
 
     @cached_property
     def _template(self) -> jinja2.Template:
+        extensions = [_Generation, jinja2.ext.loopcontrols]
         environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True,
-            lstrip_blocks=True,
-            extensions=[_Generation, jinja2.ext.loopcontrols],
+            trim_blocks=True, lstrip_blocks=True, extensions=extensions
         )
-        environment.filters["tojson"] = _to_json
+        # As transformers' filter: jinja2's own would escape <, > and & for HTML.
+        environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
         environment.globals["raise_exception"] = _raise_exception
         environment.globals["strftime_now"] = TODAY.strftime
         return environment.from_string(self.text)
 
     def parts(self, turns: Sequence[Turn]) -> list[str]:
-        """See `Renderer`. Answers are found by rendering with and without each of them.
+        """See `Llama3.parts`. Answers are found by rendering with and without each of them.
 
-        Raises RequestError for a template that shows earlier turns otherwise once later ones come.
+        Raises BadRow for turns that the template refuses, RequestError for a template that shows
+        earlier turns otherwise once later ones come.
         """
         messages = [_message(turn) for turn in turns]
         parts, done = [], ""
@@ -167,23 +154,6 @@ def _after(start: str, text: str) -> str:
             ]
         )
     return text[len(start) :]
-
-
-def _to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    """As transformers' filter: jinja2's own would escape <, > and & for HTML."""
-    return json.dumps(
-        value,
-        ensure_ascii=ensure_ascii,
-        indent=indent,
-        separators=separators,
-        sort_keys=sort_keys,
-    )
 
 
 def _raise_exception(message: str) -> None:

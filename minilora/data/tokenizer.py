@@ -1,6 +1,5 @@
 """A checkpoint's tokenizer: text to tokens, with special tokens only where they are meant."""
 
-import json
 import re
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
@@ -12,6 +11,7 @@ from typing import Any
 import tokenizers
 
 from minilora.config import RequestError
+from minilora.config.reading import read_json, read_text
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,8 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     backend.no_truncation()
     backend.post_processor = None  # it adds a BOS, and trims white space off offsets
     backend.encode_special_tokens = True
-    config = _read_json(folder / "tokenizer_config.json")
-    named = _special_texts({**_read_json(folder / "special_tokens_map.json"), **config})
+    config = _read_if_there(folder / "tokenizer_config.json")
+    named = _special_texts(_read_if_there(folder / "special_tokens_map.json") | config)
     added = backend.get_added_tokens_decoder()
     specials = {token.content: number for number, token in added.items() if token.special}
     problems = [
@@ -78,7 +78,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         problems.append(f"{folder / 'tokenizer_config.json'}: says no eos_token")
     if problems:
         raise RequestError(problems)
-    stops = _read_json(folder / "generation_config.json").get("eos_token_id") or []
+    stops = _read_if_there(folder / "generation_config.json").get("eos_token_id") or []
     stops = stops if isinstance(stops, list) else [stops]
     tokenizer = Tokenizer(
         backend=backend,
@@ -108,16 +108,8 @@ def _check_pieces(tokenizer: Tokenizer, path: Path) -> None:
         raise RequestError([f"{path}: not supported: it encodes the start of a text differently"])
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise RequestError([f"{path}: not valid JSON: {error}"]) from None
-    if not isinstance(value, dict):
-        raise RequestError([f"{path}: expected a JSON object"])
-    return value
+def _read_if_there(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.is_file() else {}
 
 
 def _special_texts(config: Mapping[str, Any]) -> dict[str, str]:
@@ -134,7 +126,7 @@ def _chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:
     """chat_template.jinja, else chat_template of tokenizer_config.json: a string, or a list."""
     path = folder / "chat_template.jinja"
     if path.is_file():
-        return path.read_text(encoding="utf-8")
+        return read_text(path)
     template = config.get("chat_template")
     if isinstance(template, list):
         template = {entry["name"]: entry["template"] for entry in template}.get("default")
@@ -152,13 +144,8 @@ def encode(
     """
     plans = [_plan(tokenizer, row, joined) for row in rows]
     texts = {piece: None for pieces, _ in plans for piece in pieces if isinstance(piece, str)}
-    encodings = dict(
-        zip(
-            texts,
-            tokenizer.backend.encode_batch(list(texts), add_special_tokens=False),
-            strict=True,
-        )
-    )
+    batch = tokenizer.backend.encode_batch(list(texts), add_special_tokens=False)
+    encodings = dict(zip(texts, batch, strict=True))
     ids = {text: encoding.ids for text, encoding in encodings.items()}
     result = []
     for pieces, cuts in plans:
