@@ -4,7 +4,6 @@ Shape letters: T tokens of all documents, n documents, N tokens of one span.
 """
 
 import hashlib
-import os
 from bisect import bisect_left, insort
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+PARTS = ("tokens", "trained", "offsets")  # of Documents, and their files
 NO_LABEL = -100  # torch's default ignore_index of cross_entropy
 
 Int32s = NDArray[np.int32]
@@ -60,24 +60,20 @@ class Documents:
     def fingerprint(self) -> str:
         """A digest of every token, mask and boundary: a resumed run sees whether data changed."""
         digest = hashlib.sha256()
-        for array, dtype in ((self.tokens, "<i4"), (self.trained, "?"), (self.offsets, "<i8")):
-            digest.update(np.ascontiguousarray(array, dtype=dtype).data)
+        for name in PARTS:
+            digest.update(np.ascontiguousarray(getattr(self, name)).data)
         return digest.hexdigest()
 
     def save(self, folder: Path) -> None:
-        """Write tokens.npy, trained.npy and offsets.npy, each complete or not at all."""
+        """Write tokens.npy, trained.npy and offsets.npy."""
         folder.mkdir(parents=True, exist_ok=True)
-        for name in ("tokens", "trained", "offsets"):
-            temporary = folder / f"{name}.npy.tmp"
-            with open(temporary, "wb") as file:
-                np.save(file, getattr(self, name), allow_pickle=False)
-            os.replace(temporary, folder / f"{name}.npy")
+        for name in PARTS:
+            np.save(folder / f"{name}.npy", getattr(self, name), allow_pickle=False)
 
     @classmethod
     def load(cls, folder: Path) -> "Documents":
         """Map what `save` wrote into memory; all processes of a machine share the pages."""
-        names = ("tokens", "trained", "offsets")
-        return cls(*(np.load(folder / f"{name}.npy", mmap_mode="r") for name in names))
+        return cls(*(np.load(folder / f"{name}.npy", mmap_mode="r") for name in PARTS))
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import numpy as np
 
 from minilora.config import DataSettings, RequestError
 from minilora.data.conversations import BadRow, Conversation, Turn, to_turns
+from minilora.data.schedule import permutation
 from minilora.data.sources import (
     OPENAI_TAGS,
     OPTIONAL_COLUMNS,
@@ -101,8 +102,7 @@ def read_conversations(
 def _select(rows: list[Row], num_samples: int | None, max_samples: int | None) -> list[Row]:
     """num_samples rows in a fixed random order, repeated if there are fewer; of those the first."""
     if num_samples is not None and rows:
-        order = np.argsort(np.random.Philox(0).random_raw(len(rows)), kind="stable")
-        rows = [rows[index] for index in np.resize(order, num_samples)]
+        rows = [rows[index] for index in np.resize(permutation(len(rows), 0), num_samples)]
     return rows[:max_samples]
 
 

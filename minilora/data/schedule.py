@@ -2,12 +2,23 @@
 
 import math
 from bisect import bisect_right
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
 Int64s = NDArray[np.int64]
+
+
+def permutation(count: int, *seed: int) -> Int64s:
+    """The numbers below count in an order that the seed decides, the same for ever: int64.
+
+    Raw bits and a stable sort: numpy promises (NEP 19) that these never change between its
+    releases, and does not promise it for its own `permutation`.
+    """
+    source = np.random.Philox(np.random.SeedSequence(seed))
+    return np.argsort(source.random_raw(count), kind="stable")
 
 
 @dataclass(frozen=True)
@@ -31,10 +42,6 @@ class Schedule:
     disable_shuffling: bool = False
     done_steps: int = 0
     done_rows: int = 0
-    _ends: list[int] = field(default_factory=list, init=False, repr=False, compare=False)
-    _latest: dict[int, tuple[list[Int64s], int]] = field(
-        default_factory=dict, init=False, repr=False, compare=False
-    )
 
     def __post_init__(self) -> None:
         if len(self.lengths) == 0 or self.rows_per_step < 1:
@@ -43,19 +50,18 @@ class Schedule:
                 f"{self.rows_per_step}"
             )
 
-    @property
+    @cached_property
     def total_steps(self) -> int:
         """Optimizer steps of the run: max_steps if positive, else all epochs and a part of one."""
         if self.max_steps > 0:
             return self.max_steps
         whole = math.floor(self.num_train_epochs)
-        part = self.num_train_epochs - whole
-        total = self._steps_before(whole)
-        if part and whole >= self._first_epoch:
-            # Rounded, since 0.1 of 10 steps is one step though 1.1 - 1 is a little more than 0.1.
-            wanted = math.ceil(round(part * self.steps_per_epoch(whole), 6))
-            total += max(0, wanted - self._skipped(whole))
-        return total
+        total = self._start_of(whole)
+        if whole < self._first_epoch or whole == self.num_train_epochs:
+            return total
+        # Rounded, since 0.1 of 10 steps is one step though 1.1 - 1 is a little more than 0.1.
+        part = round((self.num_train_epochs - whole) * self.steps_per_epoch(whole), 6)
+        return total + max(0, math.ceil(part) - self._skipped(whole))
 
     def steps_per_epoch(self, epoch: int) -> int:
         """Optimizer steps of this epoch; with packing it depends on the epoch's order."""
@@ -80,7 +86,7 @@ class Schedule:
 
     def _skipped(self, epoch: int) -> int:
         """Steps of this epoch that were done before."""
-        if epoch > self._first_epoch or not self.done_rows:
+        if epoch > self._first_epoch:
             return 0
         steps, whole = self._steps_of(epoch)
         return whole - len(steps)
@@ -88,46 +94,42 @@ class Schedule:
     def _place(self, step: int) -> tuple[int, int]:
         """Epoch of a step not done yet, and the step's index among those left of it."""
         assert step >= self.done_steps, f"step {step} of {self.done_steps} done ones"
-        while not self._ends or self._ends[-1] <= step:
-            self._steps_before(self._first_epoch + len(self._ends) + 1)
-        epoch = self._first_epoch + bisect_right(self._ends, step)
-        return epoch, step - self._steps_before(epoch)
+        while self._starts[-1] <= step:
+            self._start_of(self._first_epoch + len(self._starts))
+        index = bisect_right(self._starts, step) - 1
+        return self._first_epoch + index, step - self._starts[index]
 
-    def _steps_before(self, epoch: int) -> int:
-        """Steps of all epochs before this one."""
-        first = self._first_epoch
-        while len(self._ends) <= epoch - first:
-            before = self._ends[-1] if self._ends else self.done_steps
-            at = first + len(self._ends)
-            if at == first or self.packing:
-                self._ends.append(before + len(self._steps_of(at)[0]))
-            else:
-                self._ends.append(before + self.steps_per_epoch(at))
-        return self._ends[epoch - first - 1] if epoch > first else self.done_steps
+    def _start_of(self, epoch: int) -> int:
+        """The first step not done yet of an epoch, or of the first epoch that is not done."""
+        while len(self._starts) <= epoch - self._first_epoch:
+            latest = self._first_epoch + len(self._starts) - 1
+            left = self.steps_per_epoch(latest) - self._skipped(latest)
+            self._starts.append(self._starts[-1] + left)
+        return self._starts[max(0, epoch - self._first_epoch)]
+
+    @cached_property
+    def _starts(self) -> list[int]:
+        """What `_start_of` has found so far, from the first epoch that is not done."""
+        return [self.done_steps]
+
+    @cached_property
+    def _latest(self) -> dict[int, tuple[list[Int64s], int]]:
+        """What `_steps_of` has found for the latest epoch that it was asked for."""
+        return {}
 
     def _steps_of(self, epoch: int) -> tuple[list[Int64s], int]:
-        """What is left of an epoch, cut into steps, and how many steps the whole of it has.
-
-        Only the latest epoch asked for is kept.
-        """
+        """What is left of an epoch, cut into steps, and how many steps the whole of it has."""
         if epoch not in self._latest:
-            order = self._order(epoch)
+            count = len(self.lengths)
+            order = (
+                np.arange(count) if self.disable_shuffling else permutation(count, self.seed, epoch)
+            )
             whole = len(self._cuts(order)) + 1
             if epoch == self._first_epoch:
-                order = order[self.done_rows % len(order) :]
+                order = order[self.done_rows % count :]
             self._latest.clear()
             self._latest[epoch] = np.split(order, self._cuts(order)), whole
         return self._latest[epoch]
-
-    def _order(self, epoch: int) -> Int64s:
-        """A permutation of all documents."""
-        count = len(self.lengths)
-        if self.disable_shuffling:
-            return np.arange(count)
-        # Raw bits and a stable sort: numpy promises (NEP 19) that these never change between its
-        # releases, and does not promise it for `permutation`.
-        source = np.random.Philox(np.random.SeedSequence((self.seed, epoch)))
-        return np.argsort(source.random_raw(count), kind="stable")
 
     def _cuts(self, order: Int64s) -> list[int]:
         """Positions in the epoch's order at which a new step begins."""
