@@ -27,11 +27,12 @@ from minilora.files.weights import fingerprint, read_checkpoint
 from minilora.model.lora import LoraShape, resolve_targets
 from minilora.model.shape import LlamaShape
 from minilora.run.ds_config import Facts, find_ds_config, resolve_ds_config
-from minilora.run.engine import MOMENTS, Engine, Plan, World, wants_bf16
+from minilora.run.engine import MOMENTS, Engine, Plan
 from minilora.run.loop import Job, train
 from minilora.run.memory import is_out_of_memory, phase_of
 from minilora.run.report import LOG, Report, Totals
 from minilora.run.stop import Stopped
+from minilora.run.world import World, wants_bf16
 
 # Settings of training that must not change between a snapshot and the run that goes on from it.
 UNCHANGING = (
@@ -73,7 +74,7 @@ def run(settings: Settings) -> None:
 def run_in(world: World, settings: Settings, plan: Plan) -> None:
     """Train in processes that are there already. Collective."""
     options = settings.train
-    documents, notes = _documents(world, settings)
+    documents, validation, notes = _documents(world, settings)
     snapshot, start = _start(settings, plan, documents)
     schedule = Schedule(
         documents.lengths,
@@ -99,7 +100,8 @@ def run_in(world: World, settings: Settings, plan: Plan) -> None:
     info = {"ranks": world.size, "stage": engine.stage, "version": __version__}
     totals = Totals(**start.totals)
     with Report(options, schedule.total_steps, world.rank == 0, totals) as report:
-        job = Job(settings, documents, schedule, plan.lora, replace(start, info=info))
+        start = replace(start, info=info)
+        job = Job(settings, documents, schedule, plan.lora, start, validation)
         train(world, engine, job, report)
         report.finish()
         report.message(f"the adapter is in {options.output_dir}")
@@ -186,7 +188,7 @@ def _check_output(settings: TrainSettings) -> None:
         )
 
 
-def _documents(world: World, settings: Settings) -> tuple[Documents, list[str]]:
+def _documents(world: World, settings: Settings) -> tuple[Documents, Documents, list[str]]:
     """Tokenise in one process per machine; all its processes map the result into memory."""
     folder = ""
     notes: list[str] = []
@@ -195,7 +197,8 @@ def _documents(world: World, settings: Settings) -> tuple[Documents, list[str]]:
         folder = tempfile.mkdtemp(prefix="minilora-")
         with _noting(problems):
             prepared = prepare(settings, colour=sys.stderr.isatty())
-            prepared.documents.save(Path(folder))
+            prepared.documents.save(Path(folder, "train"))
+            prepared.validation.save(Path(folder, "validation"))
             notes = [
                 prepared.summary,
                 "the first sample, its trained part marked:",
@@ -207,7 +210,8 @@ def _documents(world: World, settings: Settings) -> tuple[Documents, list[str]]:
     try:
         if problems:
             raise RequestError(problems)
-        return Documents.load(Path(folder)), notes
+        documents = Documents.load(Path(folder, "train"))
+        return documents, Documents.load(Path(folder, "validation")), notes
     finally:
         world.gather_objects(None)  # every process of this machine has the files open
         if world.local_rank == 0:

@@ -22,8 +22,9 @@ import torch
 
 from minilora.arguments import read_settings
 from minilora.model.lora import lora_parameters
-from minilora.run.engine import Engine, World
+from minilora.run.engine import Engine
 from minilora.run.stop import Stopped
+from minilora.run.world import World
 from minilora.train import check, leave, run_in
 
 GATHERED: list[int] = [0]

@@ -67,6 +67,12 @@ class DataSettings:
 
     dataset: tuple[str, ...] = setting(
         (), "Names from dataset_info.json and/or .json, .jsonl, .txt files. Required to train.")
+    eval_dataset: tuple[str, ...] | None = setting(
+        None, "Datasets to validate with, named like dataset."
+    )
+    val_size: float = setting(
+        0.0, "Rows (1 or more), or the share of them, held out to validate with.", at_least=0
+    )
     dataset_dir: str = setting("data", "Folder of dataset_info.json and of the files it names.")
     template: str | None = setting(
         None, "Chat template, such as llama3. Default: the one that came with the base model.")
@@ -122,6 +128,12 @@ class TrainSettings:
         None, "Keep only the newest N snapshots. Default: all.", at_least=1)
     resume_from_checkpoint: str | None = setting(
         None, "true: go on from the newest snapshot in output_dir, if any; or a snapshot's folder.")
+    eval_strategy: str = setting(
+        "no", "When to validate.", choices=("no", "steps", "epoch")
+    )
+    eval_steps: int | None = setting(
+        None, "Steps per validation with eval_strategy steps; default logging_steps.", at_least=1
+    )
     plot_loss: bool = setting(True, "Draw training_loss.png (on is ours; needs matplotlib).")
     deepspeed: str | None = setting(
         None, "DeepSpeed's JSON file. Default: the zero3.json that comes with minilora.")
@@ -185,6 +197,7 @@ class Settings:
 
     def _joint_problems(self) -> list[str]:
         data, targets, name = self.data, self.method.lora_target, self.name_of
+        held_out = bool(data.eval_dataset or data.val_size)
         gather, tile = self.train.gather_tokens, self.train.tile_tokens
         wrong = {
             f"{name('mask_history')} and {name('train_on_prompt')} contradict each other: "
@@ -193,6 +206,13 @@ class Settings:
                 "all" in targets and len(targets) > 1,
             f"{name('gather_tokens')}: {gather} is less than tile_tokens {tile}; raise it or lower "
             "tile_tokens": gather is not None and gather < tile,
+            f"{name('offload_activations')} moves what recomputing starts from: set "
+            "disable_gradient_checkpointing to false":
+                self.train.offload_activations and self.model.disable_gradient_checkpointing,
+            f"{name('eval_strategy')}: nothing to validate with; give eval_dataset or val_size":
+                self.train.eval_strategy != "no" and not held_out,
+            f"{name('eval_dataset')} and {name('val_size')}: give one of them":
+                bool(data.eval_dataset and data.val_size),
         }  # fmt: skip
         return [problem for problem, found in wrong.items() if found]
 

@@ -15,7 +15,7 @@ NOT_YET: Mapping[str, str] = {
     for keys, feature in (
         ("additional_target", "training whole layers beside LoRA"),
         ("compute_accuracy", "accuracy on validation data"),
-        ("do_eval eval_dataset eval_strategy evaluation_strategy val_size", "validation"),
+        ("evaluation_strategy", "validation: the key is eval_strategy now"),
         ("early_stopping_steps", "early stopping"),
         ("load_best_model_at_end", "choosing the best snapshot"),
         ("loraplus_lr_ratio", "LoRA+"),
@@ -81,8 +81,8 @@ IGNORED = frozenset(
     cache_dir crop_to_patches ddp_backend ddp_broadcast_buffers ddp_bucket_cap_mb
     ddp_find_unused_parameters ddp_static_graph debug disable_tqdm do_sample double_quantization
     dpo_label_smoothing enable_liger_kernel enable_thinking eval_accumulation_steps eval_delay
-    eval_do_concat_batches eval_num_beams eval_on_each_dataset eval_on_start eval_steps
-    eval_use_gather_object fp16_full_eval fsdp_config gradient_checkpointing
+    eval_do_concat_batches eval_num_beams eval_on_each_dataset eval_on_start
+    eval_use_gather_object do_eval fp16_full_eval fsdp_config gradient_checkpointing
     gradient_checkpointing_kwargs greater_is_better group_by_length hf_hub_token ignore_data_skip
     ignore_pad_token_for_loss label_names ld_alpha length_column_name length_penalty
     liger_kernel_config log_level log_level_replica log_on_each_node logging_dir logging_first_step

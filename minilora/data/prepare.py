@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from minilora.config import Settings
+import numpy as np
+
+from minilora.config import RequestError, Settings
 from minilora.data.batches import Documents
-from minilora.data.chat import encode_texts, make_template, show
-from minilora.data.records import read_conversations
-from minilora.data.tokenizer import load_tokenizer
+from minilora.data.chat import Encoded, encode_texts, make_template, show
+from minilora.data.records import Tally, read_conversations
+from minilora.data.tokenizer import Tokenizer, load_tokenizer
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """Documents, a line that says what was used and dropped, and the first one to look at."""
+    """Documents to train on and to validate with, what was used and dropped, and the first one."""
 
     documents: Documents
+    validation: Documents
     summary: str
     sample: str
 
@@ -27,23 +31,51 @@ def prepare(settings: Settings, colour: bool) -> Prepared:
     colour: mark the trained part of the sample in green. Raises RequestError.
     """
     assert settings.model.model_name_or_path
-    data, stage = settings.data, settings.method.stage
+    data = settings.data
     tokenizer = load_tokenizer(Path(settings.model.model_name_or_path))
-    conversations, tally = read_conversations(data.dataset, data, stage)
-    if stage == "pt":
-        encoded = encode_texts(tokenizer, conversations, data.cutoff_len)
-    else:
-        template = make_template(data.template, tokenizer, data.default_system)
-        encoded, later = template.encode(
-            conversations,
-            cutoff_len=data.cutoff_len,
-            train_on_prompt=data.train_on_prompt,
-            mask_history=data.mask_history,
-        )
-        tally = tally.then(later)
-    documents = Documents.of(encoded)
+    encoded, tally = _encode(settings, data.dataset, tokenizer)
+    held_out: list[Encoded] = []
+    if data.eval_dataset:
+        held_out, _ = _encode(settings, data.eval_dataset, tokenizer)
+    elif data.val_size:
+        encoded, held_out = _hold_out(encoded, data.val_size, settings.train.seed)
+    documents, validation = Documents.of(encoded), Documents.of(held_out)
     summary = (
         f"{tally.summary()}; {len(documents)} documents, {len(documents.tokens):,} tokens, "
         f"{int(documents.labelled.sum()):,} of them trained"
+        + (f"; {len(validation)} documents to validate with" if held_out else "")
     )
-    return Prepared(documents, summary, show(tokenizer, encoded[0], colour))
+    return Prepared(documents, validation, summary, show(tokenizer, encoded[0], colour))
+
+
+def _encode(
+    settings: Settings, names: tuple[str, ...], tokenizer: Tokenizer
+) -> tuple[list[Encoded], Tally]:
+    data, stage = settings.data, settings.method.stage
+    conversations, tally = read_conversations(names, data, stage)
+    if stage == "pt":
+        return encode_texts(tokenizer, conversations, data.cutoff_len), tally
+    template = make_template(data.template, tokenizer, data.default_system)
+    encoded, later = template.encode(
+        conversations,
+        cutoff_len=data.cutoff_len,
+        train_on_prompt=data.train_on_prompt,
+        mask_history=data.mask_history,
+    )
+    return encoded, tally.then(later)
+
+
+def _hold_out(
+    encoded: list[Encoded], size: float, seed: int
+) -> tuple[list[Encoded], list[Encoded]]:
+    """A number (1 or more) or a share of the documents, drawn by the seed, kept for validation."""
+    count = int(size) if size >= 1 else math.ceil(size * len(encoded))
+    if count >= len(encoded):
+        raise RequestError(
+            [f"val_size: {count} of {len(encoded)} documents leave none to train on"]
+        )
+    # Raw bits: numpy promises that these stay the same from release to release.
+    draw = np.random.Philox(np.random.SeedSequence((seed, 0x7E57))).random_raw(len(encoded))
+    held = set(np.argsort(draw, kind="stable")[:count].tolist())
+    kept = [document for index, document in enumerate(encoded) if index not in held]
+    return kept, [encoded[index] for index in sorted(held)]

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minilora.model.dropout import SeededDropout
-from minilora.model.loss import CHUNK_ROWS, head_loss
+from minilora.model.loss import CHUNK_ROWS, head_loss, head_scores
 from minilora.model.offload import HostStore
 from minilora.model.recompute import recompute
 from minilora.model.rope import rotate
@@ -149,7 +149,12 @@ class Head(nn.Module):
         self.chunk_rows = CHUNK_ROWS
 
     def forward(self, hidden: Tensor, targets: Tensor, scale: float) -> Tensor:
-        """hidden: (N, D); targets: (N,) int64. Returns the summed loss times scale, fp32."""
+        """hidden: (N, D); targets: (N,) int64. Returns the summed loss times scale, fp32.
+
+        Without gradients: (2,) fp32, the summed loss and how many targets were the likeliest token.
+        """
+        if not torch.is_grad_enabled():
+            return head_scores(hidden, self.weight, targets, self.chunk_rows)
         return head_loss(hidden, self.weight, targets, scale, self.chunk_rows)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -201,7 +206,7 @@ class Llama(nn.Module):
         """Sum of the cross-entropy over labelled tokens, times `scale`.
 
         token_ids, labels: (N,) int64; labels[i] is the target of position i, -100 for none.
-        Returns a scalar in fp32.
+        Returns what the head returns.
         """
         hidden = self.model(token_ids, tiles)
         labelled = (labels >= 0).nonzero().squeeze(1)

@@ -7,6 +7,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -57,3 +58,18 @@ class _HeadLoss(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         (grad_hidden,) = ctx.saved_tensors
         return grad_hidden * grad_output.to(grad_hidden.dtype), None, None, None, None
+
+
+def head_scores(hidden: Tensor, weight: Tensor, targets: Tensor, chunk_rows: int) -> Tensor:
+    """Sum of the cross-entropy, and how many targets are the likeliest token: (2,) fp32.
+
+    The arguments are those of `head_loss`; no gradient.
+    """
+    scores = torch.zeros(2, dtype=torch.float32, device=hidden.device)
+    for rows, target in zip(
+        torch.split(hidden, chunk_rows), torch.split(targets, chunk_rows), strict=True
+    ):
+        logits = (rows @ weight.T).float()  # (chunk, V)
+        scores[0] += F.cross_entropy(logits, target, reduction="sum")
+        scores[1] += (logits.argmax(-1) == target).sum()
+    return scores

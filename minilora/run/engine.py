@@ -4,26 +4,15 @@ from __future__ import annotations
 
 import logging
 import math
-import os
-import socket
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any
 
 import deepspeed
 import torch
-import torch.distributed as dist
-from deepspeed.utils import (
-    safe_get_full_fp32_param,
-    safe_get_full_optimizer_state,
-    safe_set_full_fp32_param,
-    safe_set_full_optimizer_state,
-    safe_set_local_fp32_param,
-    safe_set_local_optimizer_state,
-)
+from deepspeed import utils as ds
 from torch import Tensor, nn
 
 from minilora.config import RunError, TrainSettings
@@ -33,61 +22,9 @@ from minilora.model.llama import Block, Llama
 from minilora.model.lora import LoraShape, inject, lora_parameters
 from minilora.model.tiles import document_tiles
 from minilora.run.ds_config import zero_stage
+from minilora.run.world import World, wants_bf16
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, by torch's names
-
-
-class World:
-    """The processes of the run. Made first, closed last."""
-
-    def __init__(self, train: TrainSettings) -> None:
-        if "RANK" not in os.environ:  # started without a launcher: a world of one
-            alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
-            os.environ.update(alone, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
-        if not train.verbose_deepspeed:
-            logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-            # DeepSpeed calls torch's collectives by names that torch is about to change.
-            warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-        on_gpu = torch.cuda.is_available()
-        self.local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-        self.device = torch.device("cuda", self.local_rank) if on_gpu else torch.device("cpu")
-        if on_gpu:
-            # Blocks of many sizes come and go; without this 1 to 2 GiB of 24 lie between them.
-            os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-            torch.cuda.set_device(self.device)
-        else:
-            # Compiling this op takes 30 s and a compiler, and training never calls it.
-            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        patience = timedelta(seconds=train.ddp_timeout)
-        deepspeed.init_distributed(
-            "nccl" if on_gpu else "gloo", timeout=patience, verbose=train.verbose_deepspeed
-        )
-        self.rank, self.size = dist.get_rank(), dist.get_world_size()
-        # Host-side messages; waiting here may take as long as one process tokenises or writes.
-        self.host_group = dist.new_group(backend="gloo", timeout=timedelta(days=7))
-
-    def gather_objects(self, mine: object) -> list[Any]:
-        """What every rank passed in, by rank. Collective."""
-        gathered: list[Any] = [None] * self.size
-        dist.all_gather_object(gathered, mine, group=self.host_group)
-        return gathered
-
-    def gather_numbers(self, mine: Sequence[float]) -> list[list[float]]:
-        """The numbers of every rank, by rank. Collective; a handful of bytes."""
-        row = torch.tensor(mine, dtype=torch.float64, device=self.device)
-        rows = [torch.empty_like(row) for _ in range(self.size)]
-        dist.all_gather(rows, row)
-        return [numbers.tolist() for numbers in rows]
-
-    def close(self) -> None:
-        """Wait for all ranks, then part. Collective."""
-        self.gather_objects(None)
-        dist.destroy_process_group()
-
-
-def wants_bf16(train: TrainSettings) -> bool:
-    """The bf16 setting, or its default: on a GPU yes, on a CPU no."""
-    return torch.cuda.is_available() if train.bf16 is None else train.bf16
 
 
 @dataclass(frozen=True)
@@ -109,6 +46,7 @@ class Engine:
     """A Llama with LoRA in DeepSpeed's hands."""
 
     def __init__(self, world: World, plan: Plan) -> None:
+        _wake_deepspeed(world, plan.train)
         self.world, self.shape = world, plan.checkpoint.shape
         self.stage = zero_stage(plan.ds_config)
         self.dtype = torch.bfloat16 if wants_bf16(plan.train) else torch.float32
@@ -123,7 +61,7 @@ class Engine:
                 start, kept = self._partition(parameter)
                 kept.copy_(plan.adapter[name].view(-1)[start : start + len(kept)])
         if self.stage == 3:
-            deepspeed.utils.set_z3_leaf_modules(self.model, [Block])
+            ds.set_z3_leaf_modules(self.model, [Block])
         train, self.tile_tokens = plan.train, plan.train.tile_tokens
         self.adam = torch.optim.AdamW(
             [parameter for _, parameter in lora_parameters(self.model)],
@@ -144,14 +82,27 @@ class Engine:
 
         last: whether the optimizer step follows. Returns a scalar in fp32 on the device.
         """
+        self.engine.set_gradient_accumulation_boundary(last)
+        loss = self._forward(span, scale)
+        self.engine.backward(loss)
+        return loss.detach()
+
+    @torch.no_grad()
+    def score(self, span: Span) -> Tensor:
+        """Summed loss and right guesses of the span, (2,) fp32, without dropout. Collective."""
+        self.engine.eval()
+        scores = self._forward(span, 1.0)
+        self.engine.train()
+        return scores
+
+    def _forward(self, span: Span, scale: float) -> Tensor:
         device = self.world.device
         like = torch.empty(0, dtype=self.dtype, device=device)
         tiles = document_tiles(self.shape, span.tiles, span.seed, like, self.tile_tokens)
-        self.engine.set_gradient_accumulation_boundary(last)
-        token_ids, labels = span.token_ids.to(device), span.labels.to(device)
-        loss: Tensor = self.engine(token_ids, labels, tiles, scale)
-        self.engine.backward(loss)
-        return loss.detach()
+        result: Tensor = self.engine(
+            span.token_ids.to(device), span.labels.to(device), tiles, scale
+        )
+        return result
 
     def step(self, rate: float) -> float:
         """Clip, AdamW at this learning rate, and clear. Returns the norm before clipping.
@@ -179,7 +130,7 @@ class Engine:
     def trained_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Name and fp32 master copy, on the CPU, of each trained parameter. Collective."""
         for name, parameter in lora_parameters(self.model):
-            full = safe_get_full_fp32_param(parameter) if self.stage else parameter
+            full = ds.safe_get_full_fp32_param(parameter) if self.stage else parameter
             yield name, full.detach().cpu().clone()
 
     def moments(self) -> Iterator[tuple[str, Tensor]]:
@@ -187,7 +138,7 @@ class Engine:
         for name, parameter in lora_parameters(self.model):
             for moment in MOMENTS:
                 if self.stage:
-                    full = safe_get_full_optimizer_state(parameter, moment)
+                    full = ds.safe_get_full_optimizer_state(parameter, moment)
                 else:
                     full = self.adam.state[parameter][moment]
                 yield f"{name}.{moment}", full.detach().cpu().clone()
@@ -206,9 +157,9 @@ class Engine:
             if self.stage == 3:
                 self._restore_partition(parameter, tensors[name], moments)
             elif self.stage:
-                safe_set_full_fp32_param(parameter, tensors[name])
+                ds.safe_set_full_fp32_param(parameter, tensors[name])
                 for moment, value in moments.items():
-                    safe_set_full_optimizer_state(parameter, value, moment)
+                    ds.safe_set_full_optimizer_state(parameter, value, moment)
             else:
                 for moment, value in moments.items():
                     self.adam.state[parameter][moment].copy_(value)
@@ -230,9 +181,9 @@ class Engine:
             for key, value in {"": full, **moments}.items()
             for part in (value.view(-1)[rows],)
         }
-        safe_set_local_fp32_param(parameter, parts.pop(""))
+        ds.safe_set_local_fp32_param(parameter, parts.pop(""))
         for moment, part in parts.items():
-            safe_set_local_optimizer_state(parameter, part, moment)
+            ds.safe_set_local_optimizer_state(parameter, part, moment)
         assert not parameter.data.numel(), "restored before anything was gathered"
 
     def _check_norm(self) -> None:
@@ -289,7 +240,13 @@ class _Partitioned(deepspeed.zero.Init):  # type: ignore[misc]
         param.partition()
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def _wake_deepspeed(world: World, train: TrainSettings) -> None:
+    """Let DeepSpeed use the process group that is there, and say no more than it is asked to."""
+    if not train.verbose_deepspeed:
+        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        # DeepSpeed calls torch's collectives by names that torch is about to change.
+        warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    if world.device.type == "cpu":
+        # Compiling this op takes 30 s and a compiler, and training never calls it.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(verbose=train.verbose_deepspeed)

@@ -19,11 +19,12 @@ from minilora.data.schedule import Schedule
 from minilora.files.adapter import check_adapter, write_adapter
 from minilora.files.snapshot import State, prune, write_snapshot
 from minilora.model.lora import LoraShape
-from minilora.run.engine import Engine, World
+from minilora.run.engine import Engine
 from minilora.run.memory import read_memory
 from minilora.run.report import Report, StepRecord
 from minilora.run.schedule import learning_rate
 from minilora.run.stop import Stopped, StopRequest
+from minilora.run.world import World
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class Job:
     schedule: Schedule
     lora: LoraShape
     start: State
+    validation: Documents | None = None
 
     @property
     def output(self) -> Path:
@@ -53,7 +55,7 @@ def train(world: World, engine: Engine, job: Job, report: Report) -> None:
     Raises, on every rank, RunError for a loss or gradient that is not finite, a disk that cannot
     be written, or an adapter that did not learn; Stopped after a signal, the snapshot written.
     """
-    state, kept = job.start, None
+    state, kept, train = job.start, None, job.settings.train
     try:
         with StopRequest() as stop:
             probe(world, engine, job)
@@ -61,7 +63,10 @@ def train(world: World, engine: Engine, job: Job, report: Report) -> None:
                 record, number = _step(world, engine, job, step, stop)
                 state = replace(state, step=step + 1, rows=state.rows + record.documents)
                 _on_rank0(world, partial(report.step, record), report.writes_at(step + 1))
-                if number or _save_is_due(job, step):
+                if _is_due(job, step, train.eval_strategy, train.eval_steps or train.logging_steps):
+                    scores = evaluate(world, engine, job)
+                    _on_rank0(world, partial(report.evaluation, record, scores))
+                if number or _is_due(job, step, train.save_strategy, train.save_steps):
                     kept = snapshot(world, engine, job, replace(state, totals=vars(report.totals)))
                 if number:
                     name = signal.Signals(number).name
@@ -87,16 +92,18 @@ def probe(world: World, engine: Engine, job: Job) -> None:
         count = int(np.searchsorted(np.cumsum(schedule.lengths[longest]), room, side="right"))
     else:
         count = schedule.rows_per_step
-    batch = _batch(world, job, longest[: max(count, 1)], 0)
+    batch = _batch(world, job, job.documents, longest[: max(count, 1)])
     largest = max(batch.spans, key=lambda span: len(span.token_ids))
     engine.forward_backward(largest, 0.0, last=False)
 
 
-def _batch(world: World, job: Job, rows: NDArray[np.int64], step: int) -> Step:
+def _batch(
+    world: World, job: Job, documents: Documents, rows: NDArray[np.int64], step: int = 0
+) -> Step:
     """This rank's part of these documents."""
     train = job.settings.train
     return build_step(
-        job.documents,
+        documents,
         rows,
         step=step,
         place=Place(world.rank, world.size),
@@ -110,7 +117,7 @@ def _step(
 ) -> tuple[StepRecord, int]:
     """One optimizer step. Returns what it did, and the signal that some rank got, or 0."""
     settings, rows = job.settings.train, job.schedule.rows(step)
-    batch = _batch(world, job, rows, step)
+    batch = _batch(world, job, job.documents, rows, step)
     # DeepSpeed averages gradients over ranks, so this makes them the mean over all tokens.
     scale = world.size / max(batch.labelled, 1)
     last = len(batch.spans) - 1
@@ -153,6 +160,20 @@ def _share(
     losses, numbers, *memories = zip(*everyone, strict=True)
     each: Mapping[str, Sequence[float]] = dict(zip(memory, memories, strict=True))
     return sum(losses) / world.size, int(max(numbers)), each
+
+
+def evaluate(world: World, engine: Engine, job: Job) -> dict[str, float]:
+    """Loss and accuracy per labelled token of the validation documents. Collective."""
+    documents = job.validation
+    assert documents is not None
+    sums = np.zeros(2)
+    for start in range(0, len(documents), job.schedule.rows_per_step):
+        rows = np.arange(start, min(start + job.schedule.rows_per_step, len(documents)))
+        batch = _batch(world, job, documents, rows)
+        for span in batch.spans:
+            sums += np.array(engine.score(span).tolist())
+    loss, right = np.sum(world.gather_numbers(sums.tolist()), axis=0) / documents.labelled.sum()
+    return {"eval_loss": loss, "eval_perplexity": math.exp(loss), "eval_accuracy": right}
 
 
 def snapshot(world: World, engine: Engine, job: Job, state: State) -> Path:
@@ -199,16 +220,15 @@ def _on_rank0(world: World, work: Callable[[], None], writes: bool = True) -> No
         raise RunError(problem)
 
 
-def _save_is_due(job: Job, step: int) -> bool:
-    """Whether a snapshot follows this step (from 0); the HF Trainer too takes one at the end."""
-    train = job.settings.train
-    if train.save_strategy == "no":
+def _is_due(job: Job, step: int, strategy: str, every: int) -> bool:
+    """Whether a snapshot or validation follows this step (from 0); as in the HF Trainer."""
+    if strategy == "no":
         return False
     if step + 1 == job.schedule.total_steps:
         return True
-    if train.save_strategy == "epoch":
+    if strategy == "epoch":
         return job.schedule.epoch(step).is_integer()
-    return (step + 1) % train.save_steps == 0
+    return (step + 1) % every == 0
 
 
 def _check_learned(tensors: Mapping[str, Tensor]) -> None:

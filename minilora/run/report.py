@@ -139,6 +139,18 @@ class Report:
         if self.writes_at(record.step):
             self._write_line(record, now)
 
+    def evaluation(self, record: StepRecord, scores: Mapping[str, float]) -> None:
+        """Write a log line of the validation after a step. Raises OSError."""
+        line = {
+            "current_steps": record.step,
+            "total_steps": self._total_steps,
+            **scores,
+            "epoch": record.epoch,
+        }
+        with (self._folder / LOG).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        self.message(", ".join(f"{key} {value:.4f}" for key, value in scores.items()))
+
     def writes_at(self, step: int) -> bool:
         """Whether a log line is due after this step."""
         return step % self._train.logging_steps == 0 or step == self._total_steps
@@ -244,6 +256,11 @@ def draw_loss(folder: Path) -> bool:
     few = "o" if len(steps) < 20 else None
     axes.plot(steps, losses, color="#9ecae1", linewidth=1, marker=few, label="as logged")
     axes.plot(steps, smooth(losses), color="#08519c", linewidth=2, label="smoothed")
+    checked = [line for line in read_log(folder / LOG) if "eval_loss" in line]
+    if checked:
+        places = [line["current_steps"] for line in checked]
+        values = [line["eval_loss"] for line in checked]
+        axes.plot(places, values, color="#d94801", linewidth=1.5, marker="o", label="validation")
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("loss per labelled token")
     axes.set_title(f"Training loss: {folder.resolve().name}")

@@ -1,0 +1,111 @@
+"""Validation: the loss of transformers + PEFT, the same on any ranks, and no step is changed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from oracle import base_model, document_loss_sum
+from peft import PeftModel
+from runs import Ground, adapter, log, run_jobs, stage_file, write_rows
+
+from minilora.arguments import read_settings
+from minilora.data.prepare import prepare
+
+Jobs = dict[str, dict[str, Any]]
+
+
+@pytest.fixture(scope="session")
+def validated(ground: Ground, launch: Callable[..., tuple[int, str]]) -> Jobs:
+    """The same 4 steps of 6 rows on 1 and 3 ranks, validated every second step, and not at all."""
+    write_rows(ground.folder / "held.jsonl", 11)
+    common = {
+        "max_steps": 4,
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "eval_dataset": str(ground.folder / "held.jsonl"),
+    }
+    jobs = {
+        f"{ranks}": ground.job(
+            f"validated-{ranks}", "tiny", per_device_train_batch_size=6 // ranks,
+            deepspeed=str(stage_file(ground.folder, stage)), **common,
+        )
+        for ranks, stage in ((1, 0), (3, 3))
+    }  # fmt: skip
+    jobs["dropout"] = {**jobs["1"], "lora_dropout": 0.2}
+    jobs["dropout"]["output_dir"] = str(ground.folder / "validated-dropout")
+    jobs["share"] = {**jobs["1"], "eval_dataset": "", "val_size": 0.2}
+    jobs["share"] |= {"output_dir": str(ground.folder / "validated-share"), "max_steps": 2}
+    del jobs["share"]["eval_dataset"]
+    jobs["none"] = {
+        **jobs["dropout"],
+        "eval_strategy": "no",
+        "output_dir": str(ground.folder / "unseen"),
+    }
+    run_jobs(launch, 1, [jobs[name] for name in ("1", "dropout", "share", "none")])
+    run_jobs(launch, 3, [jobs["3"]])
+    return jobs
+
+
+def scores(job: dict[str, Any], key: str) -> list[float]:
+    lines = (Path(job["output_dir"]) / "trainer_log.jsonl").read_text(encoding="utf-8").splitlines()
+    return [line[key] for line in map(json.loads, lines) if key in line]
+
+
+def test_loss_perplexity_and_accuracy_are_those_of_peft(validated: Jobs) -> None:
+    job = validated["dropout"]
+    settings = read_settings([f"--{key}={value}" for key, value in job.items()], "train")
+    held = prepare(settings, colour=False).validation
+    model = PeftModel.from_pretrained(
+        base_model(Path(job["model_name_or_path"])), job["output_dir"]
+    )
+    total, right = 0.0, 0
+    for begin, end in zip(held.offsets[:-1], held.offsets[1:], strict=True):
+        ids = torch.from_numpy(held.tokens[begin:end].astype("int64"))
+        mask = torch.from_numpy(held.trained[begin:end].copy())
+        labels = torch.cat([torch.where(mask, ids, -100)[1:], torch.tensor([-100])])
+        with torch.no_grad():
+            total += float(document_loss_sum(model, ids, labels))
+            right += int((model(ids[None]).logits[0].argmax(-1) == labels).sum())
+    count = int(held.labelled.sum())
+    assert count > 50
+    assert scores(job, "current_steps")[-1] == 4
+    assert scores(job, "eval_loss")[-1] == pytest.approx(total / count, rel=1e-6)
+    assert scores(job, "eval_accuracy")[-1] == pytest.approx(right / count, abs=1e-9)
+    perplexity = torch.tensor(total / count).exp().item()
+    assert scores(job, "eval_perplexity")[-1] == pytest.approx(perplexity, rel=1e-4)
+
+
+def test_any_number_of_ranks_and_stage_gives_the_same_loss(validated: Jobs) -> None:
+    one, three = scores(validated["1"], "eval_loss"), scores(validated["3"], "eval_loss")
+    assert len(one) == len(three) == 2
+    assert one == pytest.approx(three, rel=1e-6)
+
+
+def test_validation_changes_no_step(validated: Jobs) -> None:
+    assert scores(validated["dropout"], "loss") == log(validated["none"], "loss")
+    for name, tensor in adapter(validated["none"]).items():
+        assert torch.equal(adapter(validated["dropout"])[name], tensor)
+
+
+def test_a_share_is_held_out_and_never_trained_on(validated: Jobs) -> None:
+    settings = read_settings(
+        [f"--{key}={value}" for key, value in validated["share"].items()], "train"
+    )
+    prepared = prepare(settings, colour=False)
+    whole = prepare(
+        read_settings([f"--{k}={v}" for k, v in validated["none"].items()], "train"), colour=False
+    ).documents
+
+    def texts(documents: Any) -> list[bytes]:
+        edges = zip(documents.offsets[:-1], documents.offsets[1:], strict=True)
+        return [documents.tokens[a:b].tobytes() for a, b in edges]
+
+    train, held = texts(prepared.documents), texts(prepared.validation)
+    assert len(held) == 15 and len(train) == 60  # a fifth of 75
+    assert sorted(train + held) == sorted(texts(whole))
+    assert len(scores(validated["share"], "eval_loss")) == 1
