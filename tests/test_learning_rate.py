@@ -7,7 +7,7 @@ import torch
 from transformers import get_scheduler
 
 from minilora.config import TrainSettings
-from minilora.run.schedule import learning_rate, warmup_steps
+from minilora.run.learning_rate import learning_rate, warmup_steps
 
 KINDS = (
     "linear", "cosine", "constant", "constant_with_warmup", "cosine_with_restarts", "polynomial",

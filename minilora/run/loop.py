@@ -20,9 +20,9 @@ from minilora.files.adapter import check_adapter, write_adapter
 from minilora.files.snapshot import State, prune, write_snapshot
 from minilora.model.lora import LoraShape
 from minilora.run.engine import Engine
+from minilora.run.learning_rate import learning_rate
 from minilora.run.memory import read_memory
 from minilora.run.report import Report, StepRecord
-from minilora.run.schedule import learning_rate
 from minilora.run.stop import Stopped, StopRequest
 from minilora.run.world import World
 
