@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from minilora.config import RequestError
+from minilora.config.reading import read_json
 from minilora.model.shape import LlamaShape
 from minilora.tiny_tokenizer import CHAT_TEMPLATE, train_tokenizer
 
@@ -52,48 +53,17 @@ def write_tiny(folder: Path | str, shape: TinyShape = TinyShape()) -> None:
     tokenizer = train_tokenizer(shape.vocab)
     tokenizer.save(str(folder / "tokenizer.json"))
     ids = {token.content: index for index, token in tokenizer.get_added_tokens_decoder().items()}
-    for name, content in _json_files(shape, ids).items():
-        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    _write_weights(folder, shape, LlamaShape.from_config(_config(shape, ids)).parameter_shapes())
-
-
-def _make_room(folder: Path) -> None:
-    """Create the folder, or empty it of the weights of an earlier tiny checkpoint."""
-    if folder.exists() and not folder.is_dir():
-        raise RequestError([f"{folder} is a file: name a folder that is new or empty"])
-    if folder.exists() and any(folder.iterdir()):
-        try:
-            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            config = None
-        if not isinstance(config, dict) or config.get("_name_or_path") != MARK:
-            raise RequestError([f"{folder} holds other files: name a new or empty folder"])
-        for old in folder.glob("model*.safetensors*"):
-            old.unlink()
-    folder.mkdir(parents=True, exist_ok=True)
-
-
-def _json_files(shape: TinyShape, ids: dict[str, int]) -> dict[str, Any]:
-    """Every JSON file but the tokenizer's and the index, by name."""
     named = {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>"}
-    flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
-    return {
-        "config.json": _config(shape, ids),
-        "generation_config.json": {
-            "bos_token_id": ids["<|begin_of_text|>"],
-            "do_sample": True,
-            "eos_token_id": _stop_ids(ids),
-            "temperature": 0.6,
-            "top_p": 0.9,
-        },
-        "special_tokens_map.json": {
-            key: {"content": token, **flags} for key, token in named.items()
-        },
+    stops = {
+        "bos_token_id": ids["<|begin_of_text|>"],
+        "eos_token_id": [ids[name] for name in ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")],
+    }
+    config = _config(shape) | stops
+    files = {
+        "config.json": config,
+        "generation_config.json": {**stops, "do_sample": True, "temperature": 0.6, "top_p": 0.9},
+        "special_tokens_map.json": named,
         "tokenizer_config.json": {
-            "added_tokens_decoder": {
-                str(index): {"content": token, **flags, "special": True}
-                for token, index in ids.items()
-            },
             **named,
             "chat_template": CHAT_TEMPLATE,
             "clean_up_tokenization_spaces": True,
@@ -102,28 +72,42 @@ def _json_files(shape: TinyShape, ids: dict[str, int]) -> dict[str, Any]:
             "tokenizer_class": "PreTrainedTokenizerFast",
         },
     }
+    files |= _write_weights(folder, shape, LlamaShape.from_config(config).parameter_shapes())
+    for name, content in files.items():
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def _stop_ids(ids: dict[str, int]) -> list[int]:
-    return [ids[name] for name in ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")]
+def _make_room(folder: Path) -> None:
+    """Create the folder, or empty it of the weights of an earlier tiny checkpoint."""
+    if folder.exists() and not folder.is_dir():
+        raise RequestError([f"{folder} is a file: name a folder that is new or empty"])
+    folder.mkdir(parents=True, exist_ok=True)
+    if any(folder.iterdir()):
+        try:
+            mark = read_json(folder / "config.json").get("_name_or_path")
+        except RequestError:
+            mark = None
+        if mark != MARK:
+            raise RequestError([f"{folder} holds other files: name a new or empty folder"])
+    for old in folder.glob("model*.safetensors*"):
+        old.unlink()
 
 
-def _config(shape: TinyShape, ids: dict[str, int]) -> dict[str, Any]:
-    """config.json; everything but the sizes is Llama-3.1-8B-Instruct's."""
-    scaling = {
-        "factor": 8.0,
-        "high_freq_factor": 4.0,
-        "low_freq_factor": 1.0,
-        "original_max_position_embeddings": 8192,
-        "rope_type": "llama3",
-    }
-    config = {
+def _config(shape: TinyShape) -> dict[str, Any]:
+    """config.json without token ids; everything but the sizes is Llama-3.1-8B-Instruct's."""
+    scaling = {"factor": 8.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0,
+               "original_max_position_embeddings": 8192, "rope_type": "llama3"}  # fmt: skip
+    rope: dict[str, Any]
+    if shape.form == "transformers5":
+        rope = {"rope_parameters": {**scaling, "rope_theta": 500000.0}, "dtype": shape.dtype}
+    else:
+        assert shape.form == "hub", shape.form
+        rope = {"rope_scaling": scaling, "rope_theta": 500000.0, "torch_dtype": shape.dtype}
+    return {
         "_name_or_path": MARK,
         "architectures": ["LlamaForCausalLM"],
         "attention_bias": False,
         "attention_dropout": 0.0,
-        "bos_token_id": ids["<|begin_of_text|>"],
-        "eos_token_id": _stop_ids(ids),
         "head_dim": shape.head_dim,
         "hidden_act": "silu",
         "hidden_size": shape.hidden,
@@ -135,45 +119,39 @@ def _config(shape: TinyShape, ids: dict[str, int]) -> dict[str, Any]:
         "num_attention_heads": shape.heads,
         "num_hidden_layers": shape.layers,
         "num_key_value_heads": shape.kv_heads,
-        "pretraining_tp": 1,
         "rms_norm_eps": 1e-05,
         "tie_word_embeddings": shape.tied,
-        "use_cache": True,
         "vocab_size": shape.vocab,
+        **rope,
     }
-    rope: dict[str, Any]
-    if shape.form == "transformers5":
-        rope = {"rope_parameters": {**scaling, "rope_theta": 500000.0}, "dtype": shape.dtype}
-    else:
-        assert shape.form == "hub", shape.form
-        rope = {"rope_scaling": scaling, "rope_theta": 500000.0, "torch_dtype": shape.dtype}
-    return {**config, **rope}
 
 
-def _write_weights(folder: Path, shape: TinyShape, sizes: dict[str, tuple[int, ...]]) -> None:
-    """Random tensors in shards of at most shard_bytes, with the hub's names and index."""
+def _write_weights(
+    folder: Path, shape: TinyShape, sizes: dict[str, tuple[int, ...]]
+) -> dict[str, Any]:
+    """Random tensors in shards of at most shard_bytes. Returns the index by its name, if any."""
     generator = torch.Generator().manual_seed(shape.seed)
-    shards: list[dict[str, torch.Tensor]] = [{}]
-    room = shape.shard_bytes
+    shards: list[dict[str, torch.Tensor]] = []
+    total = room = 0
     for name, size in sizes.items():
         is_head = name == ("model.embed_tokens.weight" if shape.tied else "lm_head.weight")
         tensor = _random(name, size, is_head, generator).to(getattr(torch, shape.dtype))
-        if tensor.nbytes > room and shards[-1]:
+        if not shards or tensor.nbytes > room:
             shards.append({})
             room = shape.shard_bytes
         shards[-1][name] = tensor
         room -= tensor.nbytes
+        total += tensor.nbytes
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         file = f"model-{number:05}-of-{len(shards):05}.safetensors"
         file = file if len(shards) > 1 else "model.safetensors"
         save_file(shard, folder / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(shard, file)
-    if len(shards) > 1:
-        total = sum(tensor.nbytes for shard in shards for tensor in shard.values())
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        text = json.dumps(index, indent=2) + "\n"
-        (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+    if len(shards) == 1:
+        return {}
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    return {"model.safetensors.index.json": index}
 
 
 def _random(

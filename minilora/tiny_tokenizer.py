@@ -12,18 +12,13 @@ from tokenizers import (
 )
 
 # Names, order and roles of Llama 3.1's first special tokens (llama-models, tokenizer.py).
-SPECIAL_TOKENS = (
-    "<|begin_of_text|>",
-    "<|end_of_text|>",
-    "<|reserved_special_token_0|>",
-    "<|reserved_special_token_1|>",
-    "<|finetune_right_pad_id|>",
-    "<|reserved_special_token_2|>",
-    "<|start_header_id|>",
-    "<|end_header_id|>",
-    "<|eom_id|>",
-    "<|eot_id|>",
-    "<|python_tag|>",
+SPECIAL_TOKENS = tuple(
+    f"<|{name}|>"
+    for name in """
+    begin_of_text end_of_text reserved_special_token_0 reserved_special_token_1
+    finetune_right_pad_id reserved_special_token_2 start_header_id end_header_id eom_id eot_id
+    python_tag
+    """.split()
 )
 BYTES = 256  # the alphabet of a byte-level vocabulary
 
