@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from minilora.config import DataSettings, RequestError
-from minilora.data.records import Conversation, Tally, read_conversations
+from minilora.data.conversations import Conversation
+from minilora.data.records import Tally, read_conversations
 
 Pairs = list[tuple[str, str]]
 

@@ -18,7 +18,8 @@ from rows import (
     write,
 )
 
-from minilora.data.records import Tally, Turn
+from minilora.data.conversations import Turn
+from minilora.data.records import Tally
 
 
 @pytest.mark.parametrize("suffix", [".json", ".jsonl"])

@@ -53,7 +53,10 @@ def test_all_broken_files_are_named_at_once_with_their_lines(tmp_path: Path) -> 
     (tmp_path / "many.jsonl").write_text("{\n" * 9)
     (tmp_path / "latin.txt").write_bytes(b"one\ntwo\ncaf\xe9\n")
     (tmp_path / "empty.json").write_text("[]")
+    (tmp_path / "deep.json").write_text("[" * 200_000)
+    (tmp_path / "deep.jsonl").write_text('{"a":' * 200_000)
     names = ["list.json", "lines.jsonl", "many.jsonl", "latin.txt", "empty.json"]
+    names += ["deep.json", "deep.jsonl"]
     found = problems_of(names, tmp_path, "pt")
     assert [problem.removeprefix(f"{tmp_path}/").split(": ")[0] for problem in found] == [
         "list.json:3",
@@ -63,6 +66,8 @@ def test_all_broken_files_are_named_at_once_with_their_lines(tmp_path: Path) -> 
         "many.jsonl",
         "latin.txt:3",
         "empty.json",
+        "deep.json",
+        "deep.jsonl:1",
     ]
     assert "4 more lines" in found[8]
     assert "not UTF-8" in found[9]

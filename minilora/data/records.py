@@ -23,8 +23,6 @@ from minilora.data.sources import (
     read_rows,
 )
 
-__all__ = ["Conversation", "Tally", "Turn", "read_conversations"]
-
 # So few bad rows are reported and left out; more than this and more than 1 % stop the run.
 TOLERATED_ROWS = 5
 TOLERATED_SHARE = 0.01

@@ -148,8 +148,9 @@ def read_rows(path: Path) -> list[Row]:
             line = line.removesuffix("\r")
             value = {"text": line} if path.suffix == ".txt" else json.loads(line)
             rows.append(Row(f"{path}:{number}", value))
-        except json.JSONDecodeError as error:
-            problems.append(f"{path}:{number}: not a JSON object on one line: {error.msg}")
+        except (ValueError, RecursionError) as error:
+            reason = getattr(error, "msg", error)
+            problems.append(f"{path}:{number}: not a JSON object on one line: {reason}")
     if len(problems) > MOST_BROKEN_LINES:
         more = f"{path}: {len(problems) - MOST_BROKEN_LINES} more lines are broken"
         problems = [*problems[:MOST_BROKEN_LINES], more]
