@@ -101,29 +101,23 @@ def make_template(
     Raises RequestError for another name, or if the checkpoint lacks what the template needs.
     """
     specials = tokenizer.specials
-    if name is None:
-        if tokenizer.chat_template is None:
-            raise RequestError(
-                ["template: the checkpoint has no chat template; say template: llama3"]
-            )
+    missing = [token for token in LLAMA3_TOKENS if token not in specials]
+    if name is None and tokenizer.chat_template is not None:
         own = OwnTemplate(tokenizer.chat_template, tokenizer.named)
         return Template(tokenizer, own, default_system, tokenizer.stop_ids)
-    if name != "llama3":
+    if name is None:
+        problem = "the checkpoint has no chat template; say template: llama3"
+    elif name != "llama3":
         close = " (did you mean llama3?)" if difflib.get_close_matches(name, ["llama3"]) else ""
-        raise RequestError(
-            [f"template: {name} is not known{close}; say llama3, or leave it out for the model's"]
-        )
-    missing = [token for token in LLAMA3_TOKENS if token not in specials]
-    if missing or tokenizer.bos_id is None:
+        problem = f"{name} is not known{close}; say llama3, or leave it out for the model's"
+    elif missing or tokenizer.bos_id is None:
         lacks = ", ".join(missing) or "a bos_token"
-        raise RequestError([f"template: llama3 does not fit the tokenizer, which lacks {lacks}"])
-    stops = {specials[token] for token in LLAMA3_STOPS if token in specials}
-    return Template(
-        tokenizer,
-        Llama3(tokenizer.named["bos_token"]),
-        default_system,
-        tuple(sorted({*tokenizer.stop_ids, *stops})),
-    )
+        problem = f"llama3 does not fit the tokenizer, which lacks {lacks}"
+    else:
+        stops = {specials[token] for token in LLAMA3_STOPS if token in specials}
+        stop_ids = tuple(sorted({*tokenizer.stop_ids, *stops}))
+        return Template(tokenizer, Llama3(tokenizer.named["bos_token"]), default_system, stop_ids)
+    raise RequestError([f"template: {problem}"])
 
 
 def encode_texts(

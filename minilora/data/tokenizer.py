@@ -170,27 +170,20 @@ def _plan(
     A part ends at (piece, characters into that piece).
     """
     pieces: list[str | int] = []
-    starts: list[int] = []
-    length = 0
+    written: list[str] = []  # the same pieces with their marks
+    starts = [0]
     for text in ["".join(row.parts)] if joined else row.parts:
         for index, piece in enumerate(tokenizer.pattern.split(text)):
             if piece:
-                pieces.append(tokenizer.specials[piece] if index % 2 else piece)
-                starts.append(length)
-                length += len(piece)
-    starts.append(length)
+                plain = piece.replace(row.mark, "")
+                pieces.append(tokenizer.specials[piece] if index % 2 else plain)
+                written.append(piece)
+                starts.append(starts[-1] + len(piece))
+    written.append("")
     cuts = []
     for end in accumulate(map(len, row.parts)):
         at = bisect_right(starts, end) - 1
-        cuts.append((at, end - starts[at]))
-    if row.mark:
-        cuts = [
-            (at, len(str(pieces[at])[:char].replace(row.mark, "")) if char else 0)
-            for at, char in cuts
-        ]
-        pieces = [
-            piece.replace(row.mark, "") if isinstance(piece, str) else piece for piece in pieces
-        ]
+        cuts.append((at, len(written[at][: end - starts[at]].replace(row.mark, ""))))
     return pieces, cuts
 
 
