@@ -6,12 +6,11 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from minilora.config import RequestError, Settings
 from minilora.data.batches import Documents
 from minilora.data.chat import Encoded, encode_texts, make_template, show
 from minilora.data.records import Tally, read_conversations
+from minilora.data.schedule import permutation
 from minilora.data.tokenizer import Tokenizer, load_tokenizer
 
 
@@ -74,8 +73,6 @@ def _hold_out(
         raise RequestError(
             [f"val_size: {count} of {len(encoded)} documents leave none to train on"]
         )
-    # Raw bits: numpy promises that these stay the same from release to release.
-    draw = np.random.Philox(np.random.SeedSequence((seed, 0x7E57))).random_raw(len(encoded))
-    held = set(np.argsort(draw, kind="stable")[:count].tolist())
+    held = set(permutation(len(encoded), seed, 0x7E57)[:count].tolist())
     kept = [document for index, document in enumerate(encoded) if index not in held]
     return kept, [encoded[index] for index in sorted(held)]
