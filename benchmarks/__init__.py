@@ -1,0 +1,1 @@
+"""Measurements of minilora beside transformers and PEFT; never imported by the package."""

@@ -1,0 +1,157 @@
+"""minilora as `minilora.train` runs it, but for its weights, which are made up by name."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from benchmarks.turns import Turns
+from benchmarks.workloads import SIZES, Size, rows, weight
+from minilora.config import DataSettings, MethodSettings, ModelSettings, Settings, TrainSettings
+from minilora.data.batches import Documents
+from minilora.data.schedule import Schedule
+from minilora.files.snapshot import State
+from minilora.files.weights import Checkpoint, Piece
+from minilora.run import engine as engine_module
+from minilora.run.ds_config import Facts, find_ds_config, resolve_ds_config
+from minilora.run.engine import Engine, Plan
+from minilora.run.loop import Job, train
+from minilora.run.report import Report, StepRecord
+from minilora.run.world import World, wants_bf16
+
+
+class Watch(Report):
+    """A report that hands over to the turns after each step."""
+
+    def __init__(self, turns: Turns, engine: Engine, *args: Any) -> None:
+        super().__init__(*args)
+        self.turns, self.engine = turns, engine
+
+    def step(self, record: StepRecord) -> None:
+        super().step(record)
+        self.turns.counted["tokens"] = record.tokens
+        self.turns.step_done(record.loss, self._gradients)
+
+    def _gradients(self) -> dict[str, Tensor]:
+        """AdamW's first moment after one step is the clipped gradient times 1 - beta1."""
+        scale = 1 - self.engine.adam.defaults["betas"][0]
+        return {
+            name.removesuffix(".exp_avg"): tensor / scale
+            for name, tensor in self.engine.moments()
+            if name.endswith(".exp_avg")
+        }
+
+
+def run(turns: Turns) -> None:
+    """Train until the turns are over."""
+    variant, size = turns.order.variant, SIZES[turns.order.size]
+    settings = _settings(turns, size)
+    engine_module.read_pieces = fill  # type: ignore[assignment]
+    world = World(settings.train)
+    turns.mark("processes")
+    plan = _plan(turns, size, settings)
+    engine = Engine(world, plan)
+    turns.mark("model")
+    options = settings.train
+    per_step = world.size * options.per_device_train_batch_size
+    per_step *= options.gradient_accumulation_steps
+    count = 16 * 64 if variant.packing else per_step * turns.order.steps
+    documents = Documents.of(rows(size, variant.workload, count))
+    schedule = Schedule(
+        documents.lengths,
+        seed=options.seed,
+        rows_per_step=per_step,
+        cutoff_len=size.cutoff,
+        packing=variant.packing,
+        max_steps=turns.order.steps + 1,  # the turns end the run before its last step
+        disable_shuffling=True,
+    )
+    job = Job(settings, documents, schedule, plan.lora, State(0, 0, {}, {}, {}))
+    with Watch(turns, engine, options, schedule.total_steps, world.rank == 0) as report:
+        train(world, engine, job, report)
+
+
+def _settings(turns: Turns, size: Size) -> Settings:
+    variant = turns.order.variant
+    return Settings(
+        ModelSettings("made up", disable_gradient_checkpointing=not variant.recompute),
+        MethodSettings(lora_rank=size.rank),
+        DataSettings(("made up",), cutoff_len=size.cutoff, packing=variant.packing),
+        TrainSettings(
+            output_dir=f"{turns.order.folder}/{variant.name}",
+            per_device_train_batch_size=1 if variant.packing else size.per_device,
+            gradient_accumulation_steps=1 if variant.packing else size.accumulation,
+            learning_rate=1e-4,
+            lr_scheduler_type="constant",
+            logging_steps=10**6,
+            save_strategy="no",
+            disable_shuffling=True,
+            tile_tokens=variant.tile_tokens,
+            gather_tokens=variant.gather_tokens,
+        ),
+    )
+
+
+def _plan(turns: Turns, size: Size, settings: Settings) -> Plan:
+    variant, shape = turns.order.variant, size.shape
+    facts = Facts(variant.world, size.hidden, wants_bf16(settings.train))
+    path = _ds_file(turns, size)
+    like = _like(turns)
+    adapter = {
+        name: weight(name, parameter, like)
+        for name, parameter in size.lora.parameter_shapes(shape).items()
+    }
+    return Plan(
+        checkpoint=Checkpoint(Path("made up"), size.config(), shape, {}),
+        lora=size.lora,
+        adapter=adapter,
+        train=settings.train,
+        ds_config=resolve_ds_config(path, settings.train, facts),
+        recompute=variant.recompute,
+    )
+
+
+def _ds_file(turns: Turns, size: Size) -> Path:
+    """Ours for the stage; its limits in elements keep their places between the sizes of tensors.
+
+    At 8B every LoRA matrix stays whole on each rank, every frozen one is partitioned, and a block
+    is fetched ahead; with the shipped numbers a small model would not be partitioned at all.
+    """
+    from benchmarks.peers import LLAMA_FACTORY
+
+    if turns.order.variant.file == "llama_factory":
+        config: dict[str, Any] = LLAMA_FACTORY
+    else:
+        path = find_ds_config(f"zero{turns.order.variant.stage}")
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if turns.order.variant.stage == 3 and turns.order.size != "8b":
+            config["zero_optimization"] |= {
+                "stage3_param_persistence_threshold": size.smallest_weight - 1,
+                "stage3_prefetch_bucket_size": size.block,
+                "stage3_max_live_parameters": 5 * size.block,
+                "stage3_max_reuse_distance": size.block,
+            }
+    made = Path(turns.order.folder) / f"{turns.order.variant.name}-ds-{turns.rank}.json"
+    made.write_text(json.dumps(config), encoding="utf-8")
+    return made
+
+
+def _like(turns: Turns) -> Tensor:
+    import torch
+
+    return torch.empty(0, device=turns.order.device)
+
+
+def fill(checkpoint: Checkpoint, pieces: Iterable[Piece]) -> int:
+    """Take the place of read_pieces: each destination gets its part of the weight of that name."""
+    shapes = checkpoint.shape.parameter_shapes()
+    total = 0
+    for piece in pieces:
+        numbers = weight(piece.name, shapes[piece.name], piece.destination).view(-1)
+        piece.destination.copy_(numbers[piece.start : piece.start + len(piece.destination)])
+        total += piece.destination.nbytes
+    return total
