@@ -111,7 +111,7 @@ class Everything(nullcontext):
     parents = frozenset({"Global"})
 
 
-def test_exactly_one_more_forward_of_each_block_by_flops() -> None:
+def test_exactly_one_more_forward_but_for_its_last_product_by_flops() -> None:
     tiles = [LENGTHS[:2], LENGTHS[2:]]
 
     def flops(recompute: bool, backward: bool) -> int:
@@ -128,7 +128,9 @@ def test_exactly_one_more_forward_of_each_block_by_flops() -> None:
 
     forward = flops(True, backward=False)
     assert forward == flops(False, backward=False) > 0
-    assert flops(True, backward=True) == flops(False, backward=True) + forward
+    # Nobody reads what down_proj would give when a block is computed again: 48 features to 32.
+    unread = 2 * 2 * sum(LENGTHS) * 48 * 32
+    assert flops(True, backward=True) == flops(False, backward=True) + forward - unread
 
 
 @pytest.mark.parametrize("tiles", [[LENGTHS], [(length,) for length in LENGTHS]])

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minilora.model.dropout import SeededDropout
+from minilora.model.linear import linear
 from minilora.model.loss import CHUNK_ROWS, head_loss, head_scores
 from minilora.model.offload import HostStore
 from minilora.model.recompute import recompute
@@ -30,8 +31,8 @@ class Linear(nn.Module):
         empty = torch.empty(out_features) if bias else None
         self.bias = nn.Parameter(empty, requires_grad=False) if empty is not None else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
+    def forward(self, x: Tensor, unread: bool = False) -> Tensor:
+        return linear(x, self.weight, self.bias, None, unread)
 
 
 class RMSNorm(nn.Module):
@@ -79,8 +80,8 @@ class MLP(nn.Module):
         self.up_proj = Linear(*sizes["up_proj"], bias)
         self.down_proj = Linear(*sizes["down_proj"], bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        output: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+    def forward(self, x: Tensor, unread: bool = False) -> Tensor:
+        output: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x), unread)
         return output
 
 
@@ -104,19 +105,19 @@ class Block(nn.Module):
             return recompute(self._forward_tile, hidden, tiles, trained, self.store)
         return torch.cat([self._forward_tile(hidden[tile.rows], tile) for tile in tiles])
 
-    def _forward_tile(self, hidden: Tensor, tile: Tile) -> Tensor:
+    def _forward_tile(self, hidden: Tensor, tile: Tile, unread: bool = False) -> Tensor:
         self._reseed(tile.seed, hidden)
         hidden = hidden + self.self_attn(self.input_layernorm(hidden), tile)
         pieces = [Piece(rows, tile.seed + index) for index, rows in enumerate(tile.pieces, 1)]
         if len(pieces) == 1:
-            return self._forward_mlp(hidden, pieces[0])
+            return self._forward_mlp(hidden, pieces[0], unread)
         # Computed again piece by piece, so that only one piece's wide activations are there.
         trained = [parameter for parameter in self.mlp.parameters() if parameter.requires_grad]
-        return recompute(self._forward_mlp, hidden, pieces, trained)
+        return recompute(self._forward_mlp, hidden, pieces, trained, unread=unread)
 
-    def _forward_mlp(self, hidden: Tensor, piece: Piece) -> Tensor:
+    def _forward_mlp(self, hidden: Tensor, piece: Piece, unread: bool = False) -> Tensor:
         self._reseed(piece.seed, hidden)
-        output: Tensor = hidden + self.mlp(self.post_attention_layernorm(hidden))
+        output: Tensor = hidden + self.mlp(self.post_attention_layernorm(hidden), unread)
         return output
 
     def _reseed(self, seed: int, hidden: Tensor) -> None:

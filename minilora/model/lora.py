@@ -10,11 +10,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minilora.config import RequestError
 from minilora.model.dropout import SeededDropout
+from minilora.model.linear import Pair, linear
 from minilora.model.llama import Block, Linear, Llama
 from minilora.model.shape import LlamaShape
 
@@ -71,12 +71,10 @@ class LoraLinear(nn.Module):
         self.lora_A = nn.Parameter(a.to(base.weight.device, dtype))
         self.lora_B = nn.Parameter(b.to(base.weight.device, dtype))
 
-    def forward(self, x: Tensor) -> Tensor:
-        output = F.linear(x, self.weight, self.bias)  # (N, out)
-        if self.dropout is not None and self.training:
-            x = self.dropout(x)
-        low = F.linear(x, self.lora_A.to(x.dtype))  # (N, R)
-        return torch.addmm(output, low, self.lora_B.T.to(x.dtype), alpha=self.scaling)
+    def forward(self, x: Tensor, unread: bool = False) -> Tensor:
+        dropped = self.dropout(x) if self.dropout is not None and self.training else None
+        a, b = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
+        return linear(x, self.weight, self.bias, Pair(a, b, self.scaling, dropped), unread)
 
 
 def _kaiming_uniform(rank: int, in_features: int, seed: int) -> Tensor:

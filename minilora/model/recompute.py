@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -21,24 +21,33 @@ class Rows(Protocol):
     def rows(self) -> slice: ...
 
 
+Tile_ = TypeVar("Tile_", bound=Rows, contravariant=True)
 Tile = TypeVar("Tile", bound=Rows)
 
 
+class Body(Protocol[Tile_]):
+    """What is computed again. `unread`: only its graph is wanted, its numbers may be any."""
+
+    def __call__(self, hidden: Tensor, tile: Tile_, /, unread: bool = False) -> Tensor: ...
+
+
 def recompute(
-    body: Callable[[Tensor, Tile], Tensor],
+    body: Body[Tile],
     hidden: Tensor,
     tiles: Sequence[Tile],
     parameters: Sequence[Tensor],
     store: HostStore | None = None,
+    unread: bool = False,
 ) -> Tensor:
     """Run `body` over each tile of `hidden`, saving nothing but `hidden` for backward.
 
     hidden: (N, D); tiles: cover its rows in order; parameters: what of `body` is trained; store:
-    keeps hidden in host memory meanwhile, for calls whose backward order is the reverse. Returns
-    (N, D). Each parameter's gradient is summed over the tiles in fp32 and returned once, so that
-    a hook on it (DeepSpeed's reduction) fires once per call however many tiles there are.
+    keeps hidden in host memory meanwhile, for calls whose backward order is the reverse; unread:
+    only the graph is wanted, what is returned may hold any numbers. Returns (N, D).
+    Each parameter's gradient is summed over the tiles in fp32 and returned once, so that a hook on
+    it (DeepSpeed's reduction) fires once per call however many tiles there are.
     """
-    output: Tensor = _Recompute.apply(body, tiles, store, hidden, *parameters)  # type: ignore[no-untyped-call]
+    output: Tensor = _Recompute.apply(body, tiles, store, unread, hidden, *parameters)  # type: ignore[no-untyped-call]
     return output
 
 
@@ -51,7 +60,13 @@ class _Recompute(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, body: Any, tiles: Any, store: Any, hidden: Tensor, *parameters: Tensor
+        ctx: Any,
+        body: Any,
+        tiles: Any,
+        store: Any,
+        unread: bool,
+        hidden: Tensor,
+        *parameters: Tensor,
     ) -> Tensor:
         ctx.body, ctx.tiles, ctx.store, ctx.parameters = body, tiles, store, parameters
         if store is None:
@@ -59,7 +74,7 @@ class _Recompute(torch.autograd.Function):
         elif any(ctx.needs_input_grad):
             ctx.place = store.put(hidden)
         output = torch.empty_like(hidden)
-        for tile in tiles:
+        for tile in () if unread else tiles:
             output[tile.rows] = body(hidden[tile.rows], tile)
         return output
 
@@ -75,7 +90,7 @@ class _Recompute(torch.autograd.Function):
         for tile in ctx.tiles:
             with torch.enable_grad():
                 tile_input = hidden[tile.rows].detach().requires_grad_()
-                tile_output = ctx.body(tile_input, tile)
+                tile_output = ctx.body(tile_input, tile, unread=True)
             inputs = (tile_input, *ctx.parameters)
             grad_input, *grads = torch.autograd.grad(tile_output, inputs, grad_output[tile.rows])
             grad_hidden[tile.rows] = grad_input
@@ -86,4 +101,4 @@ class _Recompute(torch.autograd.Function):
         trained = (
             grad.to(parameter.dtype) for grad, parameter in zip(sums, ctx.parameters, strict=True)
         )
-        return None, None, None, grad_hidden, *trained
+        return None, None, None, None, grad_hidden, *trained
