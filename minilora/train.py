@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import os
-import shutil
+import signal
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NoReturn
 
+import torch.distributed as dist
 from torch import Tensor
 
 from minilora import __version__
@@ -20,9 +22,20 @@ from minilora.arguments import read_settings
 from minilora.config import RequestError, RunError, Settings, TrainSettings
 from minilora.data.batches import Documents
 from minilora.data.prepare import prepare
+from minilora.data.records import read_conversations
 from minilora.data.schedule import Schedule
+from minilora.data.tokenizer import load_tokenizer
 from minilora.files.adapter import CONFIG, read_adapter, read_adapter_shape
-from minilora.files.snapshot import State, differences, find_snapshot, read_state, read_tensors
+from minilora.files.snapshot import (
+    State,
+    check_room,
+    claimed,
+    differences,
+    find_snapshot,
+    last_snapshot,
+    read_state,
+    read_tensors,
+)
 from minilora.files.weights import fingerprint, read_checkpoint
 from minilora.model.lora import LoraShape, resolve_targets
 from minilora.model.shape import LlamaShape
@@ -31,7 +44,7 @@ from minilora.run.engine import MOMENTS, Engine, Plan
 from minilora.run.loop import Job, train
 from minilora.run.memory import is_out_of_memory, phase_of
 from minilora.run.report import LOG, Report, Totals
-from minilora.run.stop import Stopped
+from minilora.run.stop import Stopped, stopping_at_once
 from minilora.run.world import World, wants_bf16
 
 # Settings of training that must not change between a snapshot and the run that goes on from it.
@@ -46,17 +59,19 @@ LAST_WORDS = 20
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command. Returns 0 done, 1 the run failed, 2 the request is wrong, 128 + signal."""
     try:
-        run(read_settings(sys.argv[1:] if argv is None else argv, "train"))
+        with stopping_at_once():
+            run(read_settings(sys.argv[1:] if argv is None else argv, "train"))
     except RequestError as error:
         return _refuse(2, error.problems)
     except RunError as error:
         return _refuse(1, [str(error)])
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        return _out_of_memory(error)
     except Stopped as stopped:
         return _refuse(128 + stopped.number, [str(stopped)])
+    except Exception as error:
+        if is_out_of_memory(error):
+            return _out_of_memory(error)
+        traceback.print_exc()
+        return 1
     return 0
 
 
@@ -67,15 +82,34 @@ def run(settings: Settings) -> None:
     """
     plan = check(settings)
     world = World(settings.train)
-    run_in(world, settings, plan)
-    world.close()
+    assert settings.train.output_dir
+    output = Path(settings.train.output_dir)
+    try:
+        world.try_links()
+        with ExitStack() as stack:
+            with world.agreed():
+                if world.rank == 0:
+                    stack.enter_context(claimed(output))
+            run_in(world, settings, plan)
+            world.close()
+    except (RunError, Stopped) as error:
+        error.args = ("; ".join([str(error), *world.watch.lost().values(), last_snapshot(output)]),)
+        raise
+    except RuntimeError as error:  # a collective's, if a rank is lost: then there is no return
+        if not is_out_of_memory(error):
+            world.watch.settle()
+        raise
+    finally:
+        world.watch.over.set()
 
 
 def run_in(world: World, settings: Settings, plan: Plan) -> None:
     """Train in processes that are there already. Collective."""
     options = settings.train
     documents, validation, notes = _documents(world, settings)
-    snapshot, start = _start(settings, plan, documents)
+    with world.agreed():
+        snapshot, start = _start(settings, plan, documents)
+        saved = _saved_tensors(snapshot, plan) if snapshot else {}
     schedule = Schedule(
         documents.lengths,
         seed=options.seed,
@@ -92,7 +126,7 @@ def run_in(world: World, settings: Settings, plan: Plan) -> None:
     )
     engine = Engine(world, plan)
     if snapshot is not None:
-        engine.restore(_saved_tensors(snapshot, plan), start.step)
+        engine.restore(saved, start.step)
         notes = [f"going on from {snapshot}, step {start.step} ({start.info})", *notes]
     if world.rank == 0:
         lines = (*settings.notices, *notes, *_facts(world, engine, plan, schedule))
@@ -145,6 +179,9 @@ def check(settings: Settings) -> Plan:
         lora, adapter = _adapter(settings, checkpoint.shape)
     with _noting(problems):
         _check_output(train_settings)
+    if checkpoint is not None and lora is not None:
+        with _noting(problems):
+            check_room(Path(train_settings.output_dir or ""), 4 * lora.size(checkpoint.shape))
     ds_config = {}
     with _noting(problems):
         path = find_ds_config(train_settings.deepspeed)
@@ -156,9 +193,22 @@ def check(settings: Settings) -> Plan:
             )
             ds_config = resolve_ds_config(path, train_settings, facts)
     if problems or checkpoint is None or lora is None or adapter is None:
-        raise RequestError(problems)
+        raise RequestError([*problems, *_data_problems(settings, tokenizer=checkpoint is not None)])
     recompute = not settings.model.disable_gradient_checkpointing
     return Plan(checkpoint, lora, adapter, train_settings, ds_config, recompute)
+
+
+def _data_problems(settings: Settings, tokenizer: bool) -> list[str]:
+    """What is wrong with the data of a request that is refused anyway; rank 0 alone tells it."""
+    problems: list[str] = []
+    if os.environ.get("RANK", "0") == "0":
+        if tokenizer:
+            with _noting(problems):
+                load_tokenizer(Path(settings.model.model_name_or_path or ""))
+        for names in filter(None, (settings.data.dataset, settings.data.eval_dataset)):
+            with _noting(problems):
+                read_conversations(names, settings.data, settings.method.stage)
+    return problems
 
 
 def _adapter(settings: Settings, shape: LlamaShape) -> tuple[LoraShape, Mapping[str, Tensor]]:
@@ -175,8 +225,6 @@ def _check_output(settings: TrainSettings) -> None:
     """Refuse to write over another run."""
     assert settings.output_dir
     folder = Path(settings.output_dir)
-    if folder.exists() and not folder.is_dir():
-        raise RequestError([f"output_dir: {folder} is a file"])
     if not settings.overwrite_output_dir and any(
         (folder / name).exists() for name in (LOG, CONFIG)
     ):
@@ -190,32 +238,26 @@ def _check_output(settings: TrainSettings) -> None:
 
 def _documents(world: World, settings: Settings) -> tuple[Documents, Documents, list[str]]:
     """Tokenise in one process per machine; all its processes map the result into memory."""
-    folder = ""
-    notes: list[str] = []
-    problems: list[str] = []
-    if world.local_rank == 0:
-        folder = tempfile.mkdtemp(prefix="minilora-")
-        with _noting(problems):
-            prepared = prepare(settings, colour=sys.stderr.isatty())
-            prepared.documents.save(Path(folder, "train"))
-            prepared.validation.save(Path(folder, "validation"))
-            notes = [
-                prepared.summary,
-                "the first sample, its trained part marked:",
-                prepared.sample,
-            ]
-    everyone = world.gather_objects((folder, notes, problems))
-    folder, notes, _ = everyone[world.rank - world.local_rank]
-    problems = next((found for _, _, found in everyone if found), [])
-    try:
-        if problems:
-            raise RequestError(problems)
+    made: tuple[str, list[str]] = "", []
+    with ExitStack() as stack:
+        with world.agreed():
+            if world.local_rank == 0:
+                folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="minilora-"))
+                prepared = prepare(settings, colour=sys.stderr.isatty())
+                try:
+                    prepared.documents.save(Path(folder, "train"))
+                    prepared.validation.save(Path(folder, "validation"))
+                except OSError as error:
+                    raise RequestError(
+                        [f"{folder}: no room for tokens: {error}; set TMPDIR"]
+                    ) from None
+                title = "the first sample, its trained part marked:"
+                made = folder, [prepared.summary, title, prepared.sample]
+        folder, notes = world.gather_objects(made)[world.rank - world.local_rank]
         documents = Documents.load(Path(folder, "train"))
-        return documents, Documents.load(Path(folder, "validation")), notes
-    finally:
+        validation = Documents.load(Path(folder, "validation"))
         world.gather_objects(None)  # every process of this machine has the files open
-        if world.local_rank == 0:
-            shutil.rmtree(folder)
+    return documents, validation, notes
 
 
 def _facts(world: World, engine: Engine, plan: Plan, schedule: Schedule) -> Iterator[str]:
@@ -245,7 +287,8 @@ def _refuse(code: int, problems: Sequence[str]) -> int:
     if os.environ.get("RANK", "0") == "0":
         print(*(f"error: {problem}" for problem in problems), sep="\n", file=sys.stderr, flush=True)
     else:
-        time.sleep(LAST_WORDS)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # no KeyboardInterrupt: the end is near
+        time.sleep(1 if dist.is_initialized() else LAST_WORDS)  # in touch, they fail together
     return code
 
 

@@ -55,7 +55,8 @@ class Engine:
         self.trained_dtype = self.dtype if self.stage else torch.float32
         ds_config = plan.ds_config | ({} if self.stage else {"bf16": {"enabled": False}})
         self.model = self._build(plan)
-        self.bytes_read = read_pieces(plan.checkpoint, self._pieces())
+        with world.agreed():
+            self.bytes_read = read_pieces(plan.checkpoint, self._pieces())
         for name, parameter in lora_parameters(self.model):
             if name in plan.adapter:
                 start, kept = self._partition(parameter)
@@ -191,7 +192,9 @@ class Engine:
         if self.engine.optimizer is not self.adam:
             self.grad_norm = float(self.engine.optimizer._global_grad_norm)
         if not math.isfinite(self.grad_norm):
-            raise RunError(f"the gradient's norm is {self.grad_norm}")
+            raise RunError(
+                f"the gradient's norm is {self.grad_norm}; nothing was updated. Lower learning_rate"
+            )
 
     def _build(self, plan: Plan) -> Llama:
         """The model with empty weights: partitioned as it is made at stage 3, whole otherwise."""

@@ -55,29 +55,23 @@ def train(world: World, engine: Engine, job: Job, report: Report) -> None:
     Raises, on every rank, RunError for a loss or gradient that is not finite, a disk that cannot
     be written, or an adapter that did not learn; Stopped after a signal, the snapshot written.
     """
-    state, kept, train = job.start, None, job.settings.train
-    try:
-        with StopRequest() as stop:
-            probe(world, engine, job)
-            for step in range(job.start.step, job.schedule.total_steps):
-                record, number = _step(world, engine, job, step, stop)
-                state = replace(state, step=step + 1, rows=state.rows + record.documents)
-                _on_rank0(world, partial(report.step, record), report.writes_at(step + 1))
-                if _is_due(job, step, train.eval_strategy, train.eval_steps or train.logging_steps):
-                    scores = evaluate(world, engine, job)
-                    _on_rank0(world, partial(report.evaluation, record, scores))
-                if number or _is_due(job, step, train.save_strategy, train.save_steps):
-                    kept = snapshot(world, engine, job, replace(state, totals=vars(report.totals)))
-                if number:
-                    name = signal.Signals(number).name
-                    raise Stopped(number, f"{name}: stopped after step {step + 1}")
-        finish(world, engine, job)
-    except (RunError, Stopped) as error:
-        if kept is None:
-            raise
-        advice = f"the last snapshot is {kept}; --resume_from_checkpoint true goes on from there"
-        error.args = (f"{error}; {advice}",)
-        raise
+    state, train = job.start, job.settings.train
+    with StopRequest() as stop:
+        probe(world, engine, job)
+        for step in range(job.start.step, job.schedule.total_steps):
+            record, number = _step(world, engine, job, step, stop)
+            state = replace(state, step=step + 1, rows=state.rows + record.documents)
+            _on_rank0(world, job, partial(report.step, record), report.writes_at(step + 1))
+            every = train.eval_steps or train.logging_steps
+            if not number and _is_due(job, step, train.eval_strategy, every):
+                scores = evaluate(world, engine, job)
+                _on_rank0(world, job, partial(report.evaluation, record, scores))
+            if number or _is_due(job, step, train.save_strategy, train.save_steps):
+                snapshot(world, engine, job, replace(state, totals=vars(report.totals)))
+            if number:
+                name = signal.Signals(number).name
+                raise Stopped(number, f"{name}: stopped after step {step + 1}")
+    finish(world, engine, job)
 
 
 def probe(world: World, engine: Engine, job: Job) -> None:
@@ -127,7 +121,10 @@ def _step(
     ]
     loss, number, memory = _share(world, sum(map(float, losses)), stop, step, batch)
     rate = learning_rate(step, job.schedule.total_steps, settings)
-    norm = engine.step(rate)
+    try:
+        norm = engine.step(rate)
+    except RunError as error:
+        raise RunError(f"step {step + 1}: {error}") from None
     engine.monitor(step + 1, {"loss": loss, "grad_norm": norm, "learning_rate": rate})
     record = StepRecord(
         step=step + 1,
@@ -173,10 +170,10 @@ def evaluate(world: World, engine: Engine, job: Job) -> dict[str, float]:
         for span in batch.spans:
             sums += np.array(engine.score(span).tolist())
     loss, right = np.sum(world.gather_numbers(sums.tolist()), axis=0) / documents.labelled.sum()
-    return {"eval_loss": loss, "eval_perplexity": math.exp(loss), "eval_accuracy": right}
+    return {"eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700)), "eval_accuracy": right}
 
 
-def snapshot(world: World, engine: Engine, job: Job, state: State) -> Path:
+def snapshot(world: World, engine: Engine, job: Job, state: State) -> None:
     """Write checkpoint-N on rank 0 and delete the oldest. Collective; raises RunError."""
     train = job.settings.train
     adapter = dict(engine.trained_tensors())
@@ -185,10 +182,9 @@ def snapshot(world: World, engine: Engine, job: Job, state: State) -> Path:
     def write() -> None:
         folder = write_snapshot(job.output, state, adapter, moments, job.lora, job.base)
         check_adapter(folder, adapter)
-        prune(job.output, train.save_total_limit)
+        prune(job.output, train.save_total_limit, folder)
 
-    _on_rank0(world, write)
-    return job.output / f"checkpoint-{state.step}"
+    _on_rank0(world, job, write)
 
 
 def finish(world: World, engine: Engine, job: Job) -> None:
@@ -200,10 +196,10 @@ def finish(world: World, engine: Engine, job: Job) -> None:
         write_adapter(job.output, adapter, job.lora, job.base)
         check_adapter(job.output, adapter)
 
-    _on_rank0(world, write)
+    _on_rank0(world, job, write)
 
 
-def _on_rank0(world: World, work: Callable[[], None], writes: bool = True) -> None:
+def _on_rank0(world: World, job: Job, work: Callable[[], None], writes: bool = True) -> None:
     """Let rank 0 work; if it writes and cannot, every rank raises RunError. Collective then."""
     if not writes:
         return work()
@@ -212,7 +208,7 @@ def _on_rank0(world: World, work: Callable[[], None], writes: bool = True) -> No
         try:
             work()
         except OSError as error:
-            problem = f"{error.filename or 'output_dir'} cannot be written: {error.strerror}"
+            problem = f"{error.filename or job.output} cannot be written: {error.strerror}"
         except RunError as error:
             problem = str(error)
     problem = world.gather_objects(problem)[0]

@@ -1,17 +1,23 @@
-"""The processes of the run, and what they tell each other."""
+"""The processes of a run: joined first, tried out, in touch while it lasts, parted last."""
 
 from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
+from itertools import chain
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from minilora.config import TrainSettings
+from minilora.config import RequestError, RunError, TrainSettings
+from minilora.run.watch import Watch, this_process
+
+LINK_SECONDS = 30  # in which the ranks must manage to add up a megabyte
 
 
 class World:
@@ -33,6 +39,37 @@ class World:
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         # Host-side messages; waiting here may take as long as one process tokenises or writes.
         self.host_group = dist.new_group(backend="gloo", timeout=timedelta(days=7))
+        self.watch = Watch(self.rank, self.gather_objects(this_process()), train)
+
+    def try_links(self) -> None:
+        """Find out now, and not after ddp_timeout, whether the ranks can talk to each other.
+
+        Collective; raises RunError.
+        """
+        remedy = "on GPUs without peer-to-peer (RTX 4090) set NCCL_P2P_DISABLE=1 and start again"
+        too_late = f"the ranks could not add up 1 MB in {LINK_SECONDS} s: {remedy}"
+        late = threading.Timer(LINK_SECONDS, self.watch.end, [too_late])
+        late.start()
+        try:
+            numbers = torch.ones(2**18, device=self.device)
+            dist.all_reduce(numbers)
+            wrong = int((numbers != self.size).sum())
+        finally:
+            late.cancel()
+        if wrong:
+            raise RunError(f"the ranks added up 1 MB wrongly: {remedy}")
+
+    @contextmanager
+    def agreed(self) -> Iterator[None]:
+        """What is wrong with the request on one rank is raised on all. Collective at its end."""
+        mine: Sequence[str] = ()
+        try:
+            yield
+        except RequestError as error:
+            mine = error.problems
+        problems = [*dict.fromkeys(chain.from_iterable(self.gather_objects(mine)))]
+        if problems:
+            raise RequestError(problems)
 
     def gather_objects(self, mine: object) -> list[Any]:
         """What every rank passed in, by rank. Collective."""
@@ -50,6 +87,7 @@ class World:
     def close(self) -> None:
         """Wait for all ranks, then part. Collective."""
         self.gather_objects(None)
+        self.watch.over.set()
         dist.destroy_process_group()
 
 
