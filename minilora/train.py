@@ -10,7 +10,7 @@ import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -26,32 +26,19 @@ from minilora.data.records import read_conversations
 from minilora.data.schedule import Schedule
 from minilora.data.tokenizer import load_tokenizer
 from minilora.files.adapter import CONFIG, read_adapter, read_adapter_shape
-from minilora.files.snapshot import (
-    State,
-    check_room,
-    claimed,
-    differences,
-    find_snapshot,
-    last_snapshot,
-    read_state,
-    read_tensors,
-)
-from minilora.files.weights import fingerprint, read_checkpoint
+from minilora.files.snapshot import check_room, claimed, last_snapshot
+from minilora.files.weights import read_checkpoint
 from minilora.model.lora import LoraShape, resolve_targets
 from minilora.model.shape import LlamaShape
 from minilora.run.ds_config import Facts, find_ds_config, resolve_ds_config
-from minilora.run.engine import MOMENTS, Engine, Plan
+from minilora.run.engine import Engine, Plan
 from minilora.run.loop import Job, train
 from minilora.run.memory import is_out_of_memory, phase_of
 from minilora.run.report import LOG, Report, Totals
+from minilora.run.resume import start_of
 from minilora.run.stop import Stopped, stopping_at_once
 from minilora.run.world import World, wants_bf16
 
-# Settings of training that must not change between a snapshot and the run that goes on from it.
-UNCHANGING = (
-    "learning_rate", "lr_scheduler_type", "warmup_ratio", "warmup_steps", "weight_decay",
-    "max_grad_norm", "adam_beta1", "adam_beta2", "adam_epsilon", "seed", "disable_shuffling",
-)  # fmt: skip
 # Seconds that the other ranks leave to rank 0 for its message; the launcher ends them sooner.
 LAST_WORDS = 20
 
@@ -108,8 +95,7 @@ def run_in(world: World, settings: Settings, plan: Plan) -> None:
     options = settings.train
     documents, validation, notes = _documents(world, settings)
     with world.agreed():
-        snapshot, start = _start(settings, plan, documents)
-        saved = _saved_tensors(snapshot, plan) if snapshot else {}
+        snapshot, start, saved = start_of(settings, plan, documents)
     schedule = Schedule(
         documents.lengths,
         seed=options.seed,
@@ -139,33 +125,6 @@ def run_in(world: World, settings: Settings, plan: Plan) -> None:
         train(world, engine, job, report)
         report.finish()
         report.message(f"the adapter is in {options.output_dir}")
-
-
-def _start(settings: Settings, plan: Plan, documents: Documents) -> tuple[Path | None, State]:
-    """The snapshot to go on from and where it stood; or None and the beginning."""
-    same = {
-        "base weights": fingerprint(plan.checkpoint),
-        "data": documents.fingerprint(),
-        "lora": asdict(plan.lora),
-        "packing": settings.packs,
-        **{key: getattr(settings.train, key) for key in UNCHANGING},
-    }
-    assert settings.train.output_dir
-    output = Path(settings.train.output_dir)
-    folder = find_snapshot(output, settings.train.resume_from_checkpoint)
-    if folder is None:
-        return None, State(0, 0, {}, same, {})
-    state = read_state(folder)
-    problems = differences(state, same, folder)
-    if problems:
-        raise RequestError(problems)
-    return folder, state
-
-
-def _saved_tensors(snapshot: Path, plan: Plan) -> dict[str, Tensor]:
-    shapes = plan.lora.parameter_shapes(plan.checkpoint.shape)
-    moments = {f"{name}.{moment}": size for name, size in shapes.items() for moment in MOMENTS}
-    return read_tensors(snapshot, shapes | moments)
 
 
 def check(settings: Settings) -> Plan:

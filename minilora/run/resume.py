@@ -1,0 +1,48 @@
+"""Where a run starts: at the beginning, or from a snapshot that it could have written itself."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+from torch import Tensor
+
+from minilora.config import RequestError, Settings
+from minilora.data.batches import Documents
+from minilora.files.snapshot import State, differences, find_snapshot, read_state, read_tensors
+from minilora.files.weights import fingerprint
+from minilora.run.engine import MOMENTS, Plan
+
+# Settings of training that must not change between a snapshot and the run that goes on from it.
+UNCHANGING = (
+    "learning_rate", "lr_scheduler_type", "warmup_ratio", "warmup_steps", "weight_decay",
+    "max_grad_norm", "adam_beta1", "adam_beta2", "adam_epsilon", "seed", "disable_shuffling",
+)  # fmt: skip
+
+
+def start_of(
+    settings: Settings, plan: Plan, documents: Documents
+) -> tuple[Path | None, State, dict[str, Tensor]]:
+    """The snapshot to go on from, where it stood and its tensors; or None and the beginning.
+
+    Raises RequestError if a snapshot is broken, or this run could not have written it.
+    """
+    same = {
+        "base weights": fingerprint(plan.checkpoint),
+        "data": documents.fingerprint(),
+        "lora": asdict(plan.lora),
+        "packing": settings.packs,
+        **{key: getattr(settings.train, key) for key in UNCHANGING},
+    }
+    assert settings.train.output_dir
+    output = Path(settings.train.output_dir)
+    folder = find_snapshot(output, settings.train.resume_from_checkpoint)
+    if folder is None:
+        return None, State(0, 0, {}, same, {}), {}
+    state = read_state(folder)
+    problems = differences(state, same, folder)
+    if problems:
+        raise RequestError(problems)
+    shapes = plan.lora.parameter_shapes(plan.checkpoint.shape)
+    moments = {f"{name}.{moment}": size for name, size in shapes.items() for moment in MOMENTS}
+    return folder, state, read_tensors(folder, shapes | moments)
