@@ -6,8 +6,9 @@ import logging
 import math
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 import deepspeed
@@ -72,6 +73,7 @@ class Engine:
             weight_decay=train.weight_decay,
         )
         self.adam.register_step_pre_hook(lambda *_: self._check_norm())
+        _import_muon()
         self.engine, *_ = deepspeed.initialize(
             model=self.model, optimizer=self.adam, config=ds_config, dist_init_required=False
         )
@@ -253,3 +255,17 @@ def _wake_deepspeed(world: World, train: TrainSettings) -> None:
         # Compiling this op takes 30 s and a compiler, and training never calls it.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(verbose=train.verbose_deepspeed)
+
+
+def _import_muon() -> None:
+    """Import DeepSpeed's Muon, as its `initialize` does to see that AdamW is another optimizer.
+
+    Left to itself this imports torch's whole compiler, 3 seconds for decorators of unused code.
+    """
+    compiling = torch.compile
+    torch.compile = lambda function: function  # type: ignore[assignment]
+    try:
+        with suppress(ImportError):
+            import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+    finally:
+        torch.compile = compiling
