@@ -1,0 +1,199 @@
+"""Will it fit? `python -m minilora.plan CONFIG --num_gpus 7 --gpu_memory 24` says it beforehand.
+
+It needs the config.json of the base model alone: no weights, no GPU, no torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import groupby
+from pathlib import Path
+
+from minilora.arguments import read_settings
+from minilora.config import RequestError, Settings
+from minilora.config.reading import read_json
+from minilora.model.shape import LlamaShape
+from minilora.run.budget import GIB, Budget, budget
+from minilora.run.ds_config import SHIPPED, Facts, find_ds_config, resolve_ds_config
+from minilora.run.gathers import Zero
+from minilora.run.options import MARGIN, Option, best, longest_document, nearest, options
+from minilora.run.setup import Setup
+
+# A card sold with 24 GB has 24 x 2^30 bytes, of which the driver keeps a part: torch reports
+# 23.64 GiB for an RTX 4090, and 79.1 GiB for an H100 of 80 GB.
+USABLE = 0.985
+COLOURS = ("#4c78a8", "#b279a2", "#54a24b", "#f58518", "#9d9d9d")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command. Returns 0 it fits, 1 it does not, 2 the request is wrong."""
+    parser = argparse.ArgumentParser("python -m minilora.plan", add_help=False, allow_abbrev=False)
+    parser.add_argument("--num_gpus", type=int, default=1)
+    parser.add_argument("--gpu_memory", type=float, default=24, help="GB, as the card is sold")
+    parser.add_argument("--link_gbps", type=float, default=80, help="Gbit/s into each GPU")
+    parser.add_argument("--explain", action="store_true", help="how each number comes about")
+    parser.add_argument("--plot", metavar="FILE.png", help="draw the ways that are compared")
+    own, rest = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
+    if {"-h", "--help"} & {*rest}:
+        parser.print_help()
+    try:
+        return _run(own, read_settings(rest, "plan"))
+    except RequestError as error:
+        print(*(f"error: {problem}" for problem in error.problems), sep="\n", file=sys.stderr)
+        return 2
+
+
+def _run(own: argparse.Namespace, settings: Settings) -> int:
+    wrong = [key for key in ("num_gpus", "gpu_memory", "link_gbps") if not getattr(own, key) > 0]
+    if wrong:
+        raise RequestError([f"--{key} must be above 0" for key in wrong])
+    asked, files = _asked(settings, own.num_gpus)
+    setup, limit = asked.setup, int(own.gpu_memory * GIB * USABLE)
+    found = options(asked, files)
+    spare = (limit - asked.budget.total) / GIB
+    print(
+        f"{own.num_gpus} x {own.gpu_memory:g} GB, of which {limit / GIB:.2f} GiB can be used; "
+        f"deepspeed: {asked.file}\nan optimizer step has at most {setup.step_tokens:,} tokens per "
+        f"GPU, in documents of up to {setup.longest:,}",
+        *table(asked.budget, own.explain),
+        f"{'fits' if spare >= 0 else 'does not fit'}: {spare:+.2f} GiB of headroom\n",
+        *_comparison(found, limit, own),
+        "\nlongest document that fits, with a gather of each block for itself:",
+        *(
+            f"  {file:<16}{longest_document(replace(setup, zero=zero), limit):>10,} tokens"
+            for file, zero in files.items()
+        ),
+        sep="\n",
+    )
+    if spare < 0:
+        print("\nnearest settings that fit:")
+        for option in nearest(asked, files, limit):
+            print(f"  {option.budget.total / GIB:6.2f} GiB  {', '.join(option.changes(asked))}")
+    if own.plot:
+        _plot(own.plot, found, limit)
+    return 0 if spare >= 0 else 1
+
+
+def setup_of(settings: Settings, shape: LlamaShape, zero: Zero, ranks: int) -> Setup:
+    """What the settings mean for one rank at worst: every document cutoff_len tokens long.
+
+    Raises RequestError for a lora_target that names no layer.
+    """
+    train, method, layers = settings.train, settings.method, tuple(shape.linear_shapes())
+    unknown = [name for name in method.lora_target if name not in (*layers, "all")]
+    if unknown:
+        known = f"known: {', '.join(layers)}"
+        raise RequestError([f"lora_target: no layer is called {n}; {known}" for n in unknown])
+    every, longest = "all" in method.lora_target, settings.data.cutoff_len
+    documents = train.per_device_train_batch_size * train.gradient_accumulation_steps
+    return Setup(
+        shape=shape,
+        zero=zero,
+        ranks=ranks,
+        lora_rank=method.lora_rank,
+        targets=tuple(name for name in layers if every or name in method.lora_target),
+        dropout=method.lora_dropout > 0,
+        bf16=train.bf16 is not False,
+        recompute=not settings.model.disable_gradient_checkpointing,
+        tile_tokens=train.tile_tokens,
+        gather_tokens=train.gather_tokens,
+        loss_tokens=train.loss_tokens,
+        offload_activations=train.offload_activations,
+        step_tokens=documents * longest,
+        longest=longest,
+    )
+
+
+def table(needs: Budget, explain: bool = False) -> Iterator[str]:
+    """Lines: every term in GiB (and its formula), the sum of each part, the total, the host."""
+    for part, total in needs.parts.items():
+        yield f"{part:<40}{total / GIB:8.2f} GiB"
+        for term in (term for term in needs.terms if term.part == part):
+            how = f"  = {term.formula}" * explain
+            yield f"  {term.name:<38}{term.bytes / GIB:8.2f}{how}"
+    yield f"{'a GPU at its fullest: ' + needs.fullest:<40}{needs.total / GIB:8.2f} GiB"
+    if explain:
+        phases = (f"{phase} {most / GIB:.2f}" for phase, most in needs.phases.items())
+        yield f"  tensors at the fullest of each phase: {', '.join(phases)}"
+    for term in (term for term in needs.host if term.bytes):
+        how = f"  = {term.formula}" * explain
+        yield f"{'the host: ' + term.name:<40}{term.bytes / GIB:8.2f} GiB{how}"
+
+
+def _comparison(found: Sequence[Option], limit: int, own: argparse.Namespace) -> Iterator[str]:
+    """A line per file, way and gather_tokens; a column per tile_tokens.
+
+    Of a file's way that fits with nothing only the smallest is shown, or all if explained.
+    """
+    tiles, chosen = sorted({option.setup.tile_tokens for option in found}), best(found, limit)
+    yield "the same step in other ways, GiB per GPU: (does not fit), * recommended"
+    tile_names = "".join(f"{f'tile {tile}':>11}" for tile in tiles)
+    yield f"{'deepspeed':<16}{'blocks':<12}{'gather':>7}{tile_names}{'gathered':>12}{'seconds':>9}"
+
+    def way(option: Option) -> tuple[str, str]:
+        kind = "offloaded" if option.setup.offload_activations else "recomputed"
+        return option.file, kind if option.setup.recompute else "kept"
+
+    for (file, kind), alike in groupby(found, way):
+        lines, fits = [], False
+        for gather, row in groupby(alike, lambda option: option.setup.gather_tokens):
+            cells = dict.fromkeys(tiles, "")
+            for option in row:
+                gib, good = f"{option.budget.total / GIB:.2f}", option.budget.total <= limit
+                cell = gib + (" *"[option is chosen]) if good else f"({gib})"
+                cells[option.setup.tile_tokens], fits = cell, fits or good
+            received = option.budget.gathered * (own.num_gpus - 1) / own.num_gpus
+            numbers = "".join(f"{cells[tile]:>11}" for tile in tiles)
+            lines.append(f"{file:<16}{kind:<12}{gather or 'step':>7}{numbers}"
+                         f"{option.budget.gathered / 1e9:>9.1f} GB"
+                         f"{received * 8 / own.link_gbps / 1e9:>9.1f}")  # fmt: skip
+        yield from lines if fits or own.explain else lines[-1:]
+    if chosen is None:
+        yield f"none is recommended: none leaves {1 - MARGIN:.0%} free"
+
+
+def _asked(settings: Settings, ranks: int) -> tuple[Option, dict[str, Zero]]:
+    """What the settings ask for, and the DeepSpeed files that could serve, the asked one first."""
+    assert settings.model.model_name_or_path
+    path = Path(settings.model.model_name_or_path) / "config.json"
+    shape = LlamaShape.from_config(read_json(path), str(path))
+    facts = Facts(ranks, shape.hidden_size, settings.train.bf16 is not False)
+    name = find_ds_config(settings.train.deepspeed).stem
+    shipped = sorted(e.name[:-5] for e in SHIPPED.iterdir() if e.name.endswith(".json"))
+    sources = {name: settings.train.deepspeed} | {n: n for n in shipped if n != name}
+    files = {
+        file: Zero.of(resolve_ds_config(find_ds_config(source), settings.train, facts))
+        for file, source in sources.items()
+    }
+    setup = setup_of(settings, shape, files[name], ranks)
+    return Option(name, setup, budget(setup)), files
+
+
+def _plot(path: str, found: Sequence[Option], limit: int) -> None:
+    """Bars of the ways with the asked tile_tokens that come near the limit, in their parts."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise RequestError(["--plot needs matplotlib: pip install 'minilora[plot]'"]) from None
+    tile = min(found, key=lambda option: option.setup.tile_tokens).setup.tile_tokens
+    near = [o for o in found if o.setup.tile_tokens == tile and o.budget.total < 2 * limit]
+    figure = Figure(figsize=(9, 1 + 0.3 * len(near)), layout="constrained")
+    axes, left = figure.subplots(), [0.0] * len(near)
+    names = [f"{o.file} {', '.join(o.changes(near[0])[1:])}" for o in near]
+    for part, colour in zip(near[0].budget.parts, COLOURS, strict=True):
+        widths = [o.budget.parts.get(part, 0) / GIB for o in near]
+        axes.barh(range(len(near)), widths, left=left, color=colour, label=part)
+        left = [start + width for start, width in zip(left, widths, strict=True)]
+    axes.axvline(limit / GIB, color="black")
+    axes.set_yticks(range(len(near)), names)
+    axes.invert_yaxis()
+    axes.set_xlabel("GiB per GPU; the line is what the card has")
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=150)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

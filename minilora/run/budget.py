@@ -1,0 +1,253 @@
+"""How much memory a run takes, worked out from its settings alone: arithmetic, no torch, no GPU.
+
+What is alive when is read off minilora/model line by line, and off DeepSpeed's optimizers;
+tests/test_plan.py holds it against what torch's allocator counts.
+"""
+
+# Shape letters: D model, F MLP, Q query and K key features, N tokens.
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from minilora.model.shape import LlamaShape
+from minilora.run.gathers import Gathers, Moment, Zero, in_order
+from minilora.run.setup import Setup
+
+GIB = 2**30
+# Estimates, until benchmarks/memory.py has measured them on a GPU.
+CONTEXT = int(0.55 * GIB)  # CUDA context with torch's kernels, cuBLAS workspace
+NCCL = int(0.35 * GIB)  # its channels, where there is more than one GPU
+SLACK = 0.03  # of the tensors: what the allocator holds in between, with expandable segments
+PROCESS = 2 * GIB  # host memory of a process: Python, torch, CUDA's libraries
+
+
+@dataclass(frozen=True)
+class Term:
+    """A line of the table: `count` numbers or tokens of `each` bytes, and how the count came about.
+
+    part: parameters, activations, optimizer states, accumulation, fixed or host.
+    """
+
+    part: str
+    name: str
+    count: int
+    each: int
+    origin: str = ""
+
+    @property
+    def bytes(self) -> int:
+        return self.count * self.each
+
+    @property
+    def formula(self) -> str:
+        return f"{self.origin or format(self.count, ',')} x {self.each:,} B"
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A GPU at its fullest moment, term by term; the most tensor bytes in each phase.
+
+    gathered: bytes of weights put together per optimizer step on each GPU; host: of the machine.
+    """
+
+    terms: tuple[Term, ...]
+    fullest: str
+    phases: dict[str, int]
+    gathered: int
+    host: tuple[Term, ...]
+
+    @property
+    def parts(self) -> dict[str, int]:
+        names = dict.fromkeys(term.part for term in self.terms)
+        return {name: sum(t.bytes for t in self.terms if t.part == name) for name in names}
+
+    @property
+    def total(self) -> int:
+        return sum(self.parts.values())
+
+    @property
+    def tensors(self) -> int:
+        """All but the fixed part: what torch.cuda.max_memory_allocated shows."""
+        return self.total - self.parts["fixed"]
+
+
+def budget(setup: Setup) -> Budget:
+    """Work out the memory of one rank."""
+    static = [*_static(setup)]
+    gathers = _gathers(setup.shape, setup.zero, setup.ranks, tuple(setup.lora.items()))
+    always = sum(term.bytes for term in static)
+    # The optimizer's temporaries: the gradient in fp32 and two of AdamW's.
+    states = sum(term.bytes for term in static if term.part == "optimizer states")
+    phases, most, fullest, live = {"step": always + states}, 0, "", list[Term]()
+    for moment in gathers.moments:
+        for phase, terms in _at(setup, moment):
+            total = always + sum(term.bytes for term in terms)
+            phases[phase] = max(phases.get(phase, 0), total)
+            if total > most:
+                most, fullest, live = total, f"{phase}, {moment.module.name}", terms
+    fixed = (
+        Term("fixed", "CUDA context, estimate", CONTEXT, 1),
+        Term("fixed", "NCCL, estimate", NCCL * (setup.ranks > 1), 1),
+        Term("fixed", "allocator slack, estimate", int(SLACK * most), 1, f"{SLACK} x {most:,}"),
+    )
+    all_terms = tuple(term for term in (*static, *live, *fixed) if term.bytes)
+    gathered = gathers.gathered * setup.size * setup.spans
+    return Budget(all_terms, fullest, phases, gathered, tuple(_host(setup)))
+
+
+@functools.cache
+def _gathers(
+    shape: LlamaShape, zero: Zero, ranks: int, lora: tuple[tuple[str, int], ...]
+) -> Gathers:
+    """Everything above the threshold is partitioned; below stage 3, and alone, nothing is."""
+    split, layers = zero.stage == 3 and ranks > 1, range(shape.num_layers)
+    block = {name: rows * columns for name, (rows, columns) in shape.linear_shapes().items()}
+    large = {
+        name: size
+        for name, size in {**block, **dict(lora)}.items()
+        if split and size > zero.stage3_param_persistence_threshold
+    }
+    table = {"table": shape.vocab_size * shape.hidden_size} if split else {}
+    head = table if shape.tied or not split else {"head": table["table"]}
+    blocks = [{f"{index} {name}": size for name, size in large.items()} for index in layers]
+    return Gathers(*in_order(blocks, table, head), zero, ranks)
+
+
+def _sizes(shape: LlamaShape) -> list[int]:
+    return [math.prod(size) for size in shape.parameter_shapes().values()]
+
+
+def _static(setup: Setup) -> Iterator[Term]:
+    """Weights, LoRA and what trains it; at stage 3 small tensors are whole beside their shards."""
+    zero, ranks, s = setup.zero, setup.ranks, setup.size
+    base, lora = _sizes(setup.shape), [*setup.lora.values()] * setup.shape.num_layers
+    below = zero.stage3_param_persistence_threshold if ranks > 1 else 0
+    shards, wholes = [], []
+    for sizes in (base, lora):
+        shards.append(sum(-(-size // ranks) for size in sizes))
+        wholes.append(sum(size for size in sizes if size <= below))
+    here, part = shards[0] * (not zero.offload_param) + wholes[0], f"{sum(lora):,} / {ranks}"
+    if zero.stage < 3:
+        yield Term("parameters", "weights, replica", sum(base), s)
+        yield Term("parameters", "LoRA, whole", sum(lora), s if zero.stage else 4)
+    else:
+        yield Term("parameters", "weights, shard", here, s, f"{sum(base):,} / {ranks}")
+        yield Term("parameters", "LoRA, shard and whole", shards[1] + wholes[1], s)
+        yield Term("accumulation", "LoRA gradients, shard", shards[1], s, part)
+        yield Term("accumulation", "reduce bucket", zero.reduce_bucket_size, s)
+    if zero.stage == 0:
+        yield Term("optimizer states", "Adam moments, fp32", sum(lora), 8)
+    else:
+        yield Term("optimizer states", "LoRA master, fp32", shards[1], 4, part)
+        yield Term("optimizer states", "Adam moments, fp32", shards[1], 8, part)
+
+
+def _at(setup: Setup, moment: Moment) -> Iterator[tuple[str, list[Term]]]:
+    """What is alive beside the static terms while parameters arrive, and while they are used.
+
+    Counted are blocks whose activations are saved (or, recomputed, their inputs; offloaded, the
+    first one's and those on their way back) and hidden states (N, D): outputs and gradients.
+    """
+    module, again, away = moment.module, setup.recompute, setup.offload_activations
+    block = setup.shape.num_layers if module.block is None else module.block
+    saved = 1 + moment.backward if away else block
+    if module.block is not None and moment.backward:
+        yield "gather", _live(setup, moment, saved + 1 - away, 1)
+        yield "recompute", _live(setup, moment, saved + 1, 1 + again, _backward(setup))
+    elif module.block is not None:
+        yield "gather", _live(setup, moment, saved + again, 1 - again)
+        yield "forward", _live(setup, moment, saved + 1, 2 - again, _forward(setup))
+    elif module.name == "head" and not moment.backward:
+        yield "gather", _live(setup, moment, saved, 2)
+        yield "loss", _live(setup, moment, saved, 3, _loss(setup))
+    elif module.name == "norm" and moment.backward and not setup.on_gpu:
+        yield "recompute", _live(setup, moment, saved, 6)  # no fused kernel
+    elif moment.backward or module.name == "norm":
+        yield "gather", _live(setup, moment, saved, 3 if module.name == "head" else 2)
+    else:
+        yield "gather", _live(setup, moment, 0, 1)
+
+
+def _live(
+    setup: Setup, moment: Moment, saved: int, rows: int, work: Term | None = None
+) -> list[Term]:
+    """Terms of `saved` blocks' activations, `rows` hidden states and the work, if it began."""
+    n, s, d, own = setup.span, setup.size, setup.shape.hidden_size, sum(moment.module.own.values())
+    attention, mlp = setup.kept
+    each = d if setup.recompute else d + attention + (mlp if setup.piece == setup.tile else d)
+    what = "block inputs saved" if setup.recompute else "activations saved"
+    ahead = (moment.held if work else moment.arriving) - own
+    inputs, states = f"{saved} blocks x {n:,} tokens x {each:,}", f"{rows} x {n:,} tokens x {d:,}"
+    return [
+        Term("parameters", f"gathered: {moment.module.name}", own, s),
+        Term("parameters", "gathered ahead, and buffers", ahead, s),
+        Term("activations", what, saved * n * each, s, inputs),
+        Term("activations", "hidden states", rows * n * d, s, states),
+        Term("activations", "ids, labels, rotary tables", n, 2 * setup.shape.head_dim * s + 16),
+        *([work] if work else []),
+        *_gradients(setup, moment),
+    ]
+
+
+def _forward(setup: Setup) -> Term:
+    """Without a graph, the fuller of rotating queries, and residual, normed, three of the MLP."""
+    d, f, q, k = setup.features
+    each = ((d + 4 * q + 2 * k, 0), (2 * d, 3 * f)) if setup.recompute else ((0, 0),)
+    return _work(setup, "block's working set", *each)
+
+
+def _backward(setup: Setup) -> Term:
+    """What is kept, and at the fuller moment: two gradients in the MLP, or attention's backward."""
+    (d, f, q, k), (attention, mlp) = setup.features, setup.kept
+    if not setup.recompute:
+        return _work(setup, "MLP's gradients", (0, 2 * f))
+    pieces, last = setup.piece < setup.tile, d * (setup.span > setup.tile)
+    within = (attention + (3 * d + last) * pieces, mlp + 2 * f + d + (d if pieces else last))
+    # Gradients of output, q, k and v; the flash kernel's fp32 sum, its k and v per query head.
+    flash = (4 * q // setup.size + 2 * q * (k < q)) * setup.on_gpu
+    beside = (attention + 2 * d + last + 2 * q + 2 * k + flash, 0)
+    return _work(setup, "block's working set, recomputed", within, beside)
+
+
+def _work(setup: Setup, name: str, *each: tuple[int, int]) -> Term:
+    """The larger of some working sets, given in elements per token of a tile and of a piece."""
+    n, p = setup.tile, setup.piece
+    tile, piece = max(each, key=lambda pair: n * pair[0] + p * pair[1])
+    origin = f"({n:,} tokens x {tile:,} + {p:,} x {piece:,})"
+    return Term("activations", name, n * tile + p * piece, setup.size, origin)
+
+
+def _loss(setup: Setup) -> Term:
+    """fp32: the logits, logsumexp's temporary, and the chunk before, still under its name."""
+    rows, vocab = min(setup.loss_tokens, setup.span), setup.shape.vocab_size
+    copies = 3 if setup.span > rows else 2
+    origin = f"{copies} x {rows:,} tokens x {vocab:,}"
+    return Term("activations", "loss chunk", copies * rows * vocab, 4, origin)
+
+
+def _gradients(setup: Setup, moment: Moment) -> Iterator[Term]:
+    """Those of blocks that are done, or of all once a span is done; from stage 1 in buckets."""
+    zero, layers, more = setup.zero, setup.shape.num_layers, setup.spans > 1
+    block, index = sum(setup.lora.values()), moment.module.block
+    done = layers - 1 - index if moment.backward and index is not None else 0
+    if zero.stage == 0:
+        yield Term("accumulation", "LoRA gradients, fp32", block * (layers if more else done), 4)
+    elif zero.stage < 3:
+        bucket = (1 + zero.overlap_comm) * zero.reduce_bucket_size * (done > 0)
+        yield Term("accumulation", "reduce buckets", bucket, setup.size)
+        shard = -(-layers * block // setup.ranks) * more
+        yield Term("accumulation", "LoRA gradients, shard", shard, setup.size)
+
+
+def _host(setup: Setup) -> Iterator[Term]:
+    shape, ranks, s = setup.shape, setup.ranks, setup.size
+    total = sum(_sizes(shape))
+    inputs = shape.num_layers * setup.span * shape.hidden_size * setup.offload_activations
+    yield Term("host", "processes, estimate", ranks, PROCESS)
+    yield Term("host", "block inputs, pinned", ranks * inputs, s)
+    yield Term("host", "weights, pinned", total * setup.zero.offload_param, s)
+    yield Term("host", "page cache of the files", total, 2)

@@ -1,0 +1,84 @@
+"""The same optimizer step in other ways: what each needs, and which is best on a given GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from minilora.run.budget import Budget, budget
+from minilora.run.gathers import Zero
+from minilora.run.setup import Setup
+
+TILES = (2048, 4096, 8192)
+GATHERS = (16384, 8192, 4096, 2048)
+MARGIN = 0.95  # a recommendation leaves 5 % for what is only estimated
+
+
+@dataclass(frozen=True)
+class Option:
+    """One way: the DeepSpeed file's name, the settings, and what they need."""
+
+    file: str
+    setup: Setup
+    budget: Budget
+
+    def changes(self, other: Option) -> list[str]:
+        """The settings to write so that `other` becomes this."""
+        mine, theirs = self.setup, other.setup
+        values = {
+            "deepspeed": (self.file, other.file),
+            "gather_tokens": (mine.gather_tokens, theirs.gather_tokens),
+            "tile_tokens": (mine.tile_tokens, theirs.tile_tokens),
+            "disable_gradient_checkpointing": (not mine.recompute, not theirs.recompute),
+            "offload_activations": (mine.offload_activations, theirs.offload_activations),
+            "cutoff_len": (mine.longest, theirs.longest),
+        }
+        return [f"{key}: {new}".lower() for key, (new, old) in values.items() if new != old]
+
+
+def options(asked: Option, files: Mapping[str, Zero]) -> list[Option]:
+    """All combinations of file, recomputation, offloading, gather_tokens and tile_tokens."""
+    setup, found = asked.setup, []
+    gathers = {n for n in (setup.gather_tokens, *GATHERS) if n and n < setup.step_tokens}
+    for file, zero in {asked.file: setup.zero, **files}.items():
+        for again, away in ((True, False), (True, True), (False, False)):
+            ways = replace(setup, zero=zero, recompute=again, offload_activations=away)
+            for gather in (None, *sorted(gathers, reverse=True)):
+                for tile in sorted({*TILES, setup.tile_tokens}):
+                    if gather is None or gather >= tile:  # as the settings demand
+                        new = replace(ways, gather_tokens=gather, tile_tokens=tile)
+                        found.append(Option(file, new, budget(new)))
+    return found
+
+
+def best(found: Sequence[Option], limit: int) -> Option | None:
+    """Of those that fit well: the least fetched, then the least computed again, the least moved."""
+
+    def cost(option: Option) -> tuple[float, ...]:
+        setup, needs = option.setup, option.budget
+        moved = (setup.zero.offload_param, needs.gathered)
+        again = (setup.recompute, setup.offload_activations, setup.spans)
+        return (*moved, *again, abs(setup.tile_tokens - TILES[1]), needs.total)
+
+    return min((o for o in found if o.budget.total <= MARGIN * limit), key=cost, default=None)
+
+
+def nearest(asked: Option, files: Mapping[str, Zero], limit: int) -> list[Option]:
+    """Up to three ways that fit with the fewest changes; with shorter documents if none does."""
+    tried, found = asked, list[Option]()
+    while not found and tried.setup.longest >= 64:
+        found = [option for option in options(tried, files) if option.budget.total <= limit]
+        half = tried.setup.longest // 2
+        tokens = tried.setup.step_tokens // tried.setup.longest * half
+        tried = replace(tried, setup=replace(tried.setup, longest=half, step_tokens=tokens))
+    return sorted(found, key=lambda o: (len(o.changes(asked)), o.budget.gathered))[:3]
+
+
+def longest_document(setup: Setup, limit: int) -> int:
+    """Most tokens of a document that fits with a gather of each block for itself alone."""
+    low, high = 0, 2**21
+    while high - low > 64:
+        middle = (low + high) // 2
+        alone = replace(setup, step_tokens=middle, longest=middle)
+        low, high = (middle, high) if budget(alone).total <= limit else (low, middle)
+    return low
