@@ -76,7 +76,7 @@ def launch() -> Launch:
         with_: torchrun, deepspeed (its launcher) or python (one process without a launcher).
         Returns the exit code and stdout with stderr; fails the test after `timeout` seconds.
         """
-        command = _command(with_, world_size, [str(part) for part in arguments])
+        command = command_line(with_, world_size, [str(part) for part in arguments])
         process = subprocess.Popen(
             command,
             env={**os.environ, **(env or {})},
@@ -96,7 +96,8 @@ def launch() -> Launch:
     return run
 
 
-def _command(launcher: str, world_size: int, arguments: list[str]) -> list[str]:
+def command_line(launcher: str, world_size: int, arguments: list[str]) -> list[str]:
+    """How a launcher starts a script, or -m and a module, on this many ranks."""
     if launcher == "python":
         assert world_size == 1, "python starts one process"
         return [sys.executable, *arguments]

@@ -1,0 +1,101 @@
+"""Real launchers, asked to stop: every process ends, and the step that was done is saved."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import pytest
+from conftest import command_line
+from runs import Ground, log, stage_file
+
+from minilora.files.snapshot import PREFIX, read_state
+
+SECONDS = 60  # on a busy machine; the launchers kill what is left after 30
+
+
+def parents() -> dict[int, int]:
+    """Every process that runs, and its parent."""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, parent = path.read_text(errors="replace").rpartition(") ")[2].split()[:2]
+        except OSError:
+            continue
+        if state not in "ZX":
+            found[int(path.parent.name)] = int(parent)
+    return found
+
+
+@dataclass
+class Launched:
+    """A run under a launcher, whom to signal, and what the launcher shall then return."""
+
+    job: dict[str, object]
+    process: subprocess.Popen[bytes]
+    output: IO[bytes]
+    target: str
+    code: int
+
+    def below(self) -> list[int]:
+        """The launcher and all its processes, ranks last."""
+        family, tree = [self.process.pid], parents()
+        for member in family:
+            family += [child for child, parent in tree.items() if parent == member]
+        return family
+
+
+@pytest.fixture(scope="session")
+def launched(ground: Ground) -> Iterator[dict[str, Launched]]:
+    """Three runs without an end, started at once."""
+    runs = {}
+    for name, launcher, target, code in (
+        ("deepspeed", "deepspeed", "launcher", -signal.SIGTERM),
+        ("deepspeed, a rank", "deepspeed", "rank", 128 + signal.SIGTERM),
+        ("torchrun", "torchrun", "launcher", 1),
+    ):
+        changes = {"max_steps": 10**6, "save_steps": 10**6, "per_device_train_batch_size": 1,
+                   "deepspeed": str(stage_file(ground.folder, 3))}  # fmt: skip
+        job = ground.job(f"signal-{launcher}-{target}", "tiny", **changes)
+        words = ["-m", "minilora.train", *(f"--{key}={value}" for key, value in job.items())]
+        output = tempfile.TemporaryFile()
+        process = subprocess.Popen(command_line(launcher, 2, words), stdout=output, stderr=output)
+        runs[name] = Launched(job, process, output, target, code)
+    yield runs
+    for run in runs.values():
+        for member in run.below():
+            if run.process.poll() is None:
+                os.kill(member, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("name", ["deepspeed", "deepspeed, a rank", "torchrun"])
+def test_sigterm_saves_and_leaves_no_process(name: str, launched: dict[str, Launched]) -> None:
+    run = launched[name]
+    folder = Path(str(run.job["output_dir"]))
+    deadline = time.monotonic() + 120
+    while not (folder / "trainer_log.jsonl").exists() or len(log(run.job, "loss")) < 2:
+        assert run.process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.1)
+    family = run.below()
+    assert len(family) >= 3
+    os.kill(family[0] if run.target == "launcher" else family[-1], signal.SIGTERM)
+    deadline = time.monotonic() + SECONDS
+    while set(family) & parents().keys():
+        assert time.monotonic() < deadline, "a process is left"
+        run.process.poll()
+        time.sleep(0.1)
+    assert run.process.wait() == run.code
+    (saved,) = folder.glob(f"{PREFIX}*")
+    step = read_state(saved).step
+    assert log(run.job, "current_steps") == list(range(1, step + 1))
+    run.output.seek(0)
+    output = run.output.read().decode()
+    assert output.count("error: ") == 1
+    assert f"error: SIGTERM: stopped after step {step}; the last snapshot is {saved}" in output
