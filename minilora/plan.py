@@ -19,13 +19,19 @@ from minilora.model.shape import LlamaShape
 from minilora.run.budget import GIB, Budget, budget
 from minilora.run.ds_config import SHIPPED, Facts, find_ds_config, resolve_ds_config
 from minilora.run.gathers import Zero
-from minilora.run.options import MARGIN, Option, best, longest_document, nearest, options
+from minilora.run.options import MARGIN, TILES, Option, best, longest_document, nearest, options
 from minilora.run.setup import Setup
 
 # A card sold with 24 GB has 24 x 2^30 bytes, of which the driver keeps a part: torch reports
 # 23.64 GiB for an RTX 4090, and 79.1 GiB for an H100 of 80 GB.
 USABLE = 0.985
-COLOURS = ("#4c78a8", "#b279a2", "#54a24b", "#f58518", "#9d9d9d")
+COLOURS = {
+    "parameters": "#4c78a8",
+    "accumulation": "#b279a2",
+    "optimizer states": "#54a24b",
+    "activations": "#f58518",
+    "fixed": "#9d9d9d",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -69,8 +75,9 @@ def _run(own: argparse.Namespace, settings: Settings) -> int:
         sep="\n",
     )
     if spare < 0:
-        print("\nnearest settings that fit:")
-        for option in nearest(asked, files, limit):
+        offers = nearest(asked, files, limit)
+        print("\nnearest settings that fit:" if offers else "\nnothing fits, however short the rows")
+        for option in offers:
             print(f"  {option.budget.total / GIB:6.2f} GiB  {', '.join(option.changes(asked))}")
     if own.plot:
         _plot(own.plot, found, limit)
@@ -133,11 +140,7 @@ def _comparison(found: Sequence[Option], limit: int, own: argparse.Namespace) ->
     tile_names = "".join(f"{f'tile {tile}':>11}" for tile in tiles)
     yield f"{'deepspeed':<16}{'blocks':<12}{'gather':>7}{tile_names}{'gathered':>12}{'seconds':>9}"
 
-    def way(option: Option) -> tuple[str, str]:
-        kind = "offloaded" if option.setup.offload_activations else "recomputed"
-        return option.file, kind if option.setup.recompute else "kept"
-
-    for (file, kind), alike in groupby(found, way):
+    for (file, blocks), alike in groupby(found, lambda option: (option.file, option.blocks)):
         lines, fits = [], False
         for gather, row in groupby(alike, lambda option: option.setup.gather_tokens):
             cells = dict.fromkeys(tiles, "")
@@ -147,7 +150,7 @@ def _comparison(found: Sequence[Option], limit: int, own: argparse.Namespace) ->
                 cells[option.setup.tile_tokens], fits = cell, fits or good
             received = option.budget.gathered * (own.num_gpus - 1) / own.num_gpus
             numbers = "".join(f"{cells[tile]:>11}" for tile in tiles)
-            lines.append(f"{file:<16}{kind:<12}{gather or 'step':>7}{numbers}"
+            lines.append(f"{file:<16}{blocks:<12}{gather or 'step':>7}{numbers}"
                          f"{option.budget.gathered / 1e9:>9.1f} GB"
                          f"{received * 8 / own.link_gbps / 1e9:>9.1f}")  # fmt: skip
         yield from lines if fits or own.explain else lines[-1:]
@@ -173,23 +176,23 @@ def _asked(settings: Settings, ranks: int) -> tuple[Option, dict[str, Zero]]:
 
 
 def _plot(path: str, found: Sequence[Option], limit: int) -> None:
-    """Bars of the ways with the asked tile_tokens that come near the limit, in their parts."""
+    """Bars in their parts of ways that come near the limit, named by file, blocks and gather."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise RequestError(["--plot needs matplotlib: pip install 'minilora[plot]'"]) from None
-    tile = min(found, key=lambda option: option.setup.tile_tokens).setup.tile_tokens
-    near = [o for o in found if o.setup.tile_tokens == tile and o.budget.total < 2 * limit]
-    figure = Figure(figsize=(9, 1 + 0.3 * len(near)), layout="constrained")
-    axes, left = figure.subplots(), [0.0] * len(near)
-    names = [f"{o.file} {', '.join(o.changes(near[0])[1:])}" for o in near]
-    for part, colour in zip(near[0].budget.parts, COLOURS, strict=True):
-        widths = [o.budget.parts.get(part, 0) / GIB for o in near]
-        axes.barh(range(len(near)), widths, left=left, color=colour, label=part)
+    usual = {found[0].setup.gather_tokens, None, 8192}
+    shown = [o for o in found if o.setup.gather_tokens in usual and o.budget.total < 2 * limit]
+    shown = [o for o in shown if o.setup.tile_tokens == TILES[1]]
+    names = [f"{o.file}, {o.blocks}, {o.setup.gather_tokens or 'step'}" for o in shown]
+    figure = Figure(figsize=(9, 1.5 + 0.25 * len(shown)), layout="constrained")
+    axes, left = figure.subplots(), [0.0] * len(shown)
+    for part, colour in COLOURS.items():
+        widths = [o.budget.parts.get(part, 0) / GIB for o in shown]
+        axes.barh(names, widths, left=left, color=colour, label=part)
         left = [start + width for start, width in zip(left, widths, strict=True)]
     axes.axvline(limit / GIB, color="black")
-    axes.set_yticks(range(len(near)), names)
-    axes.invert_yaxis()
+    axes.set_ylim(len(shown) - 0.5, -0.5)
     axes.set_xlabel("GiB per GPU; the line is what the card has")
     axes.legend(frameon=False)
     figure.savefig(path, dpi=150)

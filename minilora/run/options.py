@@ -22,6 +22,12 @@ class Option:
     setup: Setup
     budget: Budget
 
+    @property
+    def blocks(self) -> str:
+        """What becomes of the blocks' activations between forward and backward."""
+        kind = "offloaded" if self.setup.offload_activations else "recomputed"
+        return kind if self.setup.recompute else "kept"
+
     def changes(self, other: Option) -> list[str]:
         """The settings to write so that `other` becomes this."""
         mine, theirs = self.setup, other.setup

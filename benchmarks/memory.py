@@ -1,0 +1,303 @@
+"""python -m benchmarks.memory: predicted beside measured memory of one rank, phase by phase.
+
+By default the 8B shape with random weights as one of 7 ranks on this GPU, under the memory of a
+24 GB card; `--device cpu --size mid` counts the same code's tensors with torch's CPU allocator.
+Collectives are torch's fake ones: shards and buffers are real, the numbers gathered are not. Under
+a launcher the ranks are real. A JSON line per row, then a table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.meters import CpuMeter, GatherCount, GpuMeter, MadeUp, Pretended, held, watch
+from benchmarks.workloads import SIZES, Size
+from minilora.config import DataSettings, MethodSettings, ModelSettings, Settings, TrainSettings
+from minilora.data.batches import Documents, Place, Step, TileLimits, build_step
+from minilora.data.schedule import Schedule
+from minilora.files.weights import Checkpoint
+from minilora.model.lora import LoraShape, resolve_targets
+from minilora.model.shape import LlamaShape
+from minilora.plan import USABLE, setup_of
+from minilora.run.budget import GIB, budget
+from minilora.run.ds_config import Facts, find_ds_config, resolve_ds_config
+from minilora.run.engine import Plan
+from minilora.run.gathers import Zero
+from minilora.run.setup import Setup
+from minilora.run.world import World
+
+BLOCK_8B = 218_103_808  # elements of a block of the model that ds_configs is made for
+STEPS = 2  # DeepSpeed prefetches, and AdamW has its moments, from the second step on
+
+
+@dataclass(frozen=True)
+class Case:
+    """A row: the article's job with changes. system: minilora, or transformers with PEFT."""
+
+    system: str = "minilora"
+    deepspeed: str = "zero3"
+    tile_tokens: int = 4096
+    gather_tokens: int | None = None
+    loss_tokens: int = 1024
+    batch: int = 4
+    accumulation: int = 4
+    cutoff_len: int = 2048
+    lora_rank: int = 16
+    lora_dropout: float = 0.0
+    lora_target: tuple[str, ...] = ("all",)
+    recompute: bool = True
+    offload_activations: bool = False
+    tied: bool = False
+    packing: bool = False
+    bf16: bool = True
+
+    @property
+    def name(self) -> str:
+        values = {f.name: (getattr(self, f.name), f.default) for f in dataclasses.fields(self)}
+        changed = [
+            f"{k}={v}" for k, (v, usual) in values.items() if v != usual and k != "deepspeed"
+        ]
+        return " ".join([self.deepspeed, *changed])
+
+    def settings(self) -> Settings:
+        return Settings(
+            ModelSettings("made up", disable_gradient_checkpointing=not self.recompute),
+            MethodSettings(
+                lora_rank=self.lora_rank,
+                lora_dropout=self.lora_dropout,
+                lora_target=tuple(self.lora_target),
+            ),
+            DataSettings(cutoff_len=self.cutoff_len, packing=self.packing),
+            TrainSettings(
+                per_device_train_batch_size=self.batch,
+                gradient_accumulation_steps=self.accumulation,
+                tile_tokens=self.tile_tokens,
+                gather_tokens=self.gather_tokens,
+                loss_tokens=self.loss_tokens,
+                offload_activations=self.offload_activations,
+                bf16=self.bf16,
+            ),
+        )
+
+
+def sweep() -> list[Case]:
+    """The article's job for each file, and one thing changed at a time; then the peer."""
+    cases = []
+    for file in ("zero3", "zero2", "zero0"):
+        base = Case(deepspeed=file)
+        cases += [base]
+        cases += [dataclasses.replace(base, gather_tokens=n) for n in (16384, 8192)]
+        near = dataclasses.replace(base, gather_tokens=8192)
+        cases += [dataclasses.replace(near, tile_tokens=n) for n in (2048, 8192)]
+        cases += [dataclasses.replace(base, offload_activations=True)]
+        cases += [dataclasses.replace(base, batch=n) for n in (1, 2, 8)]
+    return [*cases, *(Case(system="peer", deepspeed="none", batch=n) for n in (1, 2, 4))]
+
+
+def measure(case: Case, size: Size, world: World) -> dict[str, Any]:
+    """Run the case for its steps; peaks of the last one, by phase, and bytes of what stays."""
+    meter = GpuMeter() if world.device.type == "cuda" else CpuMeter()
+    if case.system == "peer":
+        step: Callable[[], None] = _peer(case, size, world.device)
+        engine = None
+    else:
+        engine = _engine(case, size, world)
+        step = _stepper(case, engine, meter)
+    for _ in range(STEPS - 1):
+        with meter.window("start"):
+            step()
+    meter.forget()
+    with meter.window("run"):
+        step()
+    return meter.close() | meter.notes | (held(engine) if engine else {})
+
+
+def _engine(case: Case, size: Size, world: World) -> MadeUp:
+    settings, shape = case.settings(), _shape(case, size)
+    targets = resolve_targets(case.lora_target, list(shape.linear_shapes()))
+    plan = Plan(
+        checkpoint=Checkpoint(Path("made up"), {}, shape, {}),
+        lora=LoraShape(case.lora_rank, 16, case.lora_dropout, targets),
+        adapter={},
+        train=settings.train,
+        ds_config=_ds_config(case, size, world.size),
+        recompute=case.recompute,
+    )
+    return MadeUp(world, plan)
+
+
+def _stepper(case: Case, engine: MadeUp, meter: GpuMeter | CpuMeter) -> Callable[[], None]:
+    """A function that takes an optimizer step, its phases in windows."""
+    count = GatherCount()
+
+    def step() -> None:
+        batch = _batch(case, engine.world)
+        gathered = count.bytes
+        for number, span in enumerate(batch.spans, 1):
+            engine.forward_backward(span, 1.0, last=number == len(batch.spans))
+        meter.notes["gathered"] = count.bytes - gathered
+        engine.step(1e-4)
+
+    watch(engine.model.model, "forward", meter, "forward")
+    watch(engine.model.lm_head, "forward", meter, "loss")
+    watch(engine.engine, "backward", meter, "recompute")
+    watch(engine, "step", meter, "step")
+    return step
+
+
+def _batch(case: Case, world: World) -> Step:
+    """The step's documents: all of the greatest length, or packed, of many."""
+    rows = case.batch * case.accumulation * world.size
+    lengths = np.full(rows, case.cutoff_len)
+    if case.packing:
+        source = np.random.Generator(np.random.PCG64(5))
+        lengths = source.integers(case.cutoff_len // 16, case.cutoff_len // 4, 16 * rows)
+    encoded = [(np.arange(n, dtype=np.int32) % 256, np.ones(n, dtype=np.bool_)) for n in lengths]
+    schedule = Schedule(lengths, 1, rows, case.cutoff_len, case.packing)
+    place = Place(world.rank, world.size)
+    limits = TileLimits(case.tile_tokens, case.gather_tokens)
+    chosen = schedule.rows(0)
+    return build_step(Documents.of(encoded), chosen, step=0, place=place, limits=limits, seed=1)
+
+
+def _peer(case: Case, size: Size, device: torch.device) -> Callable[[], None]:
+    """transformers and PEFT, each block checkpointed, a micro-batch at a time."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(**{k: v for k, v in size.config().items() if k != "model_type"})
+    with torch.device(device):
+        dtype = torch.bfloat16 if case.bf16 else torch.float32
+        model = LlamaForCausalLM._from_config(config, dtype=dtype)
+    lora = LoraConfig(r=case.lora_rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = get_peft_model(model, lora)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.enable_input_require_grads()
+    model.train()
+    adam = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+
+    def step() -> None:
+        ids = torch.randint(size.vocab, (case.batch, case.cutoff_len), device=device)
+        for _ in range(case.accumulation):
+            model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        adam.step()
+        adam.zero_grad()
+
+    return step
+
+
+def predict(case: Case, size: Size, ranks: int, on_gpu: bool) -> dict[str, Any]:
+    """What the plan says: the same keys as `measure` where it counts the same."""
+    needs = budget(_setup(case, size, ranks, on_gpu))
+    found = {"run": needs.tensors, "total": needs.total, "gathered": needs.gathered}
+    found |= needs.phases
+    for term in needs.terms:
+        for name in ("weights", "LoRA", "Adam moments"):
+            if term.name.startswith(f"{name},") and "gradients" not in term.name:
+                found[name] = found.get(name, 0) + term.bytes * ("master" not in term.name)
+    return found
+
+
+def _setup(case: Case, size: Size, ranks: int, on_gpu: bool) -> Setup:
+    zero = Zero.of(_ds_config(case, size, ranks))
+    setup = setup_of(case.settings(), _shape(case, size), zero, ranks)
+    return dataclasses.replace(setup, on_gpu=on_gpu)
+
+
+def _shape(case: Case, size: Size) -> LlamaShape:
+    return LlamaShape.from_config(size.config() | {"tie_word_embeddings": case.tied})
+
+
+def _ds_config(case: Case, size: Size, ranks: int) -> dict[str, Any]:
+    """The shipped file; its limits in elements keep their places between the sizes of tensors."""
+    facts = Facts(ranks, size.hidden, case.bf16)
+    config = resolve_ds_config(find_ds_config(case.deepspeed), case.settings().train, facts)
+    section = config["zero_optimization"]
+    for key, value in section.items():
+        if type(value) is int and value > 10:
+            section[key] = value * size.block // BLOCK_8B
+    if "stage3_param_persistence_threshold" in section:
+        section["stage3_param_persistence_threshold"] = size.smallest_weight - 1
+    return config
+
+
+def row(case: Case, own: argparse.Namespace, world: World) -> dict[str, Any]:
+    """Measure and predict; running out of memory is a result too."""
+    size, on_gpu = SIZES[own.size], own.device == "cuda"
+    result: dict[str, Any] = {
+        "case": case.name,
+        "size": own.size,
+        "ranks": world.size,
+        "device": torch.cuda.get_device_name() if on_gpu else "cpu",
+    }
+    if case.system == "minilora":
+        result["predicted"] = predict(case, size, world.size, on_gpu)
+    try:
+        result["measured"] = measure(case, size, world)
+    except torch.OutOfMemoryError:
+        result["measured"] = {}
+    return result
+
+
+def shown(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """Lines of a table, in GiB."""
+    yield f"{'':<50}{'predicted':>10}{'measured':>10}{'':>8}"
+    for found in rows:
+        predicted, measured = found.get("predicted", {}).get("run"), found["measured"].get("run")
+        cells = [f"{n / GIB:.3f}" if n else "-" for n in (predicted, measured)]
+        both = f"{predicted / measured - 1:+.1%}" if predicted and measured else ""
+        full = "" if measured else "out of memory"
+        yield f"{found['case']:<50}{cells[0]:>10}{cells[1]:>10}{both:>8}{full}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command."""
+    parser = argparse.ArgumentParser("python -m benchmarks.memory", description=__doc__)
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    parser.add_argument("--size", default="8b", choices=tuple(SIZES))
+    parser.add_argument("--ranks", type=int, default=7)
+    parser.add_argument("--cap", type=float, default=24, help="GB of the card; 0 for all there is")
+    parser.add_argument("--cases", help="a JSON list of changes to the job, instead of the sweep")
+    parser.add_argument("--only", type=int, help="the row of this number, without the table")
+    parser.add_argument("--out", type=Path, help="append the JSON lines here")
+    own = parser.parse_args(argv)
+    cases = [Case(**fields) for fields in json.loads(own.cases)] if own.cases else sweep()
+    if own.device == "cuda" and own.only is None:
+        # Each row in a process of its own, so that no memory of another is left.
+        again = [sys.executable, "-m", "benchmarks.memory", *(argv or sys.argv[1:]), "--only"]
+        runs = (subprocess.run([*again, str(n)], capture_output=True) for n in range(len(cases)))
+        rows = [json.loads(run.stdout.splitlines()[-1]) for run in runs]
+    else:
+        if own.device == "cuda" and own.cap:
+            total = torch.cuda.get_device_properties(0).total_memory
+            torch.cuda.set_per_process_memory_fraction(min(1.0, own.cap * USABLE * GIB / total))
+        real = int(os.environ.get("WORLD_SIZE", "1")) > 1
+        world = World(TrainSettings()) if real else Pretended(own.ranks, own.device)
+        chosen = cases if own.only is None else cases[own.only : own.only + 1]
+        rows = [row(case, own, world) for case in chosen]
+        if world.rank:
+            return 0
+    lines = [json.dumps(found) for found in rows]
+    print(*lines, sep="\n")
+    if own.out:
+        with own.out.open("a", encoding="utf-8") as file:
+            file.writelines(line + "\n" for line in lines)
+    if own.only is None:
+        print(*shown(rows), sep="\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

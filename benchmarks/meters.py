@@ -1,0 +1,148 @@
+"""How memory is measured: peaks of torch's allocators, and one made-up rank of many."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from minilora.files.weights import Piece
+from minilora.model.lora import lora_parameters
+from minilora.run.engine import Engine
+from minilora.run.world import World
+
+
+class Pretended(World):
+    """Rank 0 of many whose messages never arrive: a gather repeats this rank's own part."""
+
+    def __init__(self, size: int, device: str) -> None:
+        from torch.testing._internal.distributed.fake_pg import FakeStore
+
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE=str(size))
+        dist.init_process_group("fake", rank=0, world_size=size, store=FakeStore())
+        self.rank, self.local_rank, self.size = 0, 0, size
+        self.device = torch.device(device, 0) if device == "cuda" else torch.device("cpu")
+
+    def gather_objects(self, mine: object) -> list[Any]:
+        return [mine] * self.size
+
+
+class MadeUp(Engine):
+    """An engine whose weights are random numbers, made where they are kept."""
+
+    def _pieces(self) -> Iterator[Piece]:
+        for piece in super()._pieces():
+            piece.destination.normal_(std=0.02)
+        yield from ()
+
+    def _check_norm(self) -> None:
+        """Fake collectives make no numbers to check."""
+
+
+class GpuMeter:
+    """Peaks of torch.cuda's allocator within named windows, which may be nested."""
+
+    def __init__(self) -> None:
+        self.notes: dict[str, int] = {}
+        self.peaks: dict[str, int] = {}
+        self._open: list[str] = []
+
+    def _fold(self) -> None:
+        peak = torch.cuda.max_memory_allocated()
+        self.peaks |= {name: max(peak, self.peaks.get(name, 0)) for name in self._open}
+        torch.cuda.reset_peak_memory_stats()
+
+    @contextmanager
+    def window(self, name: str) -> Iterator[None]:
+        self._fold()
+        self._open.append(name)
+        yield
+        self._fold()
+        self._open.remove(name)
+
+    def forget(self) -> None:
+        """Begin anew: earlier windows do not count."""
+        self.peaks.clear()
+
+    def close(self) -> dict[str, int]:
+        return self.peaks
+
+
+class CpuMeter:
+    """The same from torch's CPU allocator: every allocation and release from now on."""
+
+    def __init__(self) -> None:
+        self.notes: dict[str, int] = {}
+        self._profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+        self._profile.start()
+
+    def window(self, name: str) -> AbstractContextManager[Any]:
+        return record_function(f"window {name}")
+
+    def forget(self) -> None:
+        with record_function("forget"):
+            pass
+
+    def close(self) -> dict[str, int]:
+        self._profile.stop()
+        events = self._profile.profiler.kineto_results.events()
+        changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+        times = np.array([time for time, _ in changes])
+        totals = np.cumsum([change for _, change in changes])
+        peaks: dict[str, int] = {}
+        forgotten = max((e.end_ns() for e in events if e.name() == "forget"), default=0)
+        windows = (e for e in events if e.name().startswith("window "))
+        for event in (e for e in windows if e.start_ns() > forgotten):
+            # With what was there just before the window.
+            first, last = np.searchsorted(times, (event.start_ns(), event.end_ns()))
+            peak = int(totals[max(first - 1, 0) : last].max())
+            name = event.name().removeprefix("window ")
+            peaks[name] = max(peak, peaks.get(name, 0))
+        return peaks
+
+
+class GatherCount:
+    """Bytes that DeepSpeed gathers from now on."""
+
+    def __init__(self) -> None:
+        self.bytes = 0
+        backend = sys.modules["deepspeed.comm.comm"].cdb
+        function = backend.all_gather_function
+
+        def gather(*, output_tensor: torch.Tensor, **others: Any) -> Any:
+            self.bytes += output_tensor.nbytes
+            return function(output_tensor=output_tensor, **others)
+
+        backend.all_gather_function = gather
+
+
+def watch(owner: Any, method: str, meter: GpuMeter | CpuMeter, phase: str) -> None:
+    """From now on every call of the method is a window."""
+    function = getattr(owner, method)
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        with meter.window(phase):
+            return function(*args, **kwargs)
+
+    setattr(owner, method, watched)
+
+
+def held(engine: MadeUp) -> dict[str, int]:
+    """Bytes of the frozen weights, of the trained ones and of AdamW's moments between steps."""
+    trained = {id(parameter) for _, parameter in lora_parameters(engine.model)}
+    held = {"weights": 0, "LoRA": 0, "Adam moments": 0}
+    for parameter in engine.model.parameters():
+        kind = "LoRA" if id(parameter) in trained else "weights"
+        held[kind] += parameter.data.nbytes if parameter.data.numel() > 1 else 0
+        if engine.stage == 3 and (engine.world.size > 1 or parameter.data.numel() <= 1):
+            held[kind] += parameter.ds_tensor.nbytes
+    for state in engine.adam.state.values():
+        held["Adam moments"] += state["exp_avg"].nbytes + state["exp_avg_sq"].nbytes
+    return held

@@ -1,0 +1,77 @@
+"""The measurements run, and compare like with like. What they measure is no test."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.speed import compare, groups
+from benchmarks.turns import ROOT, Player, Variant
+from benchmarks.workloads import SIZES, padded, rows, weight
+
+
+@pytest.mark.slow
+def test_losses_and_gradients_agree_and_every_step_is_timed(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks.speed", "--device", "cpu", "--size", "tiny"]
+    command += ["--timed", "2", "--out", str(tmp_path), "--groups", "skewed", "one-of-7"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr
+    assert "minilora-zero3-skewed: loss " in done.stderr
+    head, *lines = map(json.loads, (tmp_path / "speed-cpu-tiny.json").read_text().splitlines())
+    assert head["torch"] == torch.__version__
+    found = {line["variant"]: line for line in lines}
+    chosen = groups(SIZES["tiny"], "cpu")
+    assert list(found) == [v.name for name in ("skewed", "one-of-7") for v in chosen[name]]
+    for line in lines:
+        assert 0 < line["step_seconds"]["p10"] <= line["step_seconds"]["p90"]
+        assert line["tokens_per_second"]["median"] <= line["padded_tokens_per_second"] + 1e-6
+    ours, theirs = found["minilora-1-of-7"], found["trainer-1-of-7"]
+    # One gather of each block for the step's four micro-batches, not one for each of them.
+    assert 0 < 3 * ours["gathered_bytes"] < theirs["gathered_bytes"]
+
+
+def player(folder: Path, name: str, loss: float, grad: torch.Tensor) -> Player:
+    path = folder / f"{name}.pt"
+    torch.save({"a": grad}, path)
+    news = [{"loss": loss, "gradients": str(path)}]
+    return Player(Variant(name, "bare"), Namespace(), Namespace(), path, news)  # type: ignore[arg-type]
+
+
+def test_another_loss_or_gradient_is_refused(tmp_path: Path) -> None:
+    grad = torch.randn(4, 5)
+    peer = player(tmp_path, "peer", 2.0, grad)
+    assert "gradients 0.0e+00" in compare(player(tmp_path, "same", 2.0, grad), peer)
+    for loss, other in ((2.001, grad), (2.0, grad * 1.001), (float("nan"), grad)):
+        with pytest.raises(RuntimeError, match="not those of peer"):
+            compare(player(tmp_path, "other", loss, other), peer)
+
+
+def test_rows_are_the_same_whatever_their_number_and_padding_is_the_collators() -> None:
+    size = SIZES["tiny"]
+    few, many = rows(size, "skewed", 20), rows(size, "skewed", 40)
+    for (ids, trained), (again, trained_again) in zip(few, many, strict=False):
+        assert np.array_equal(ids, again) and np.array_equal(trained, trained_again)
+    batch = padded(few[6:9])
+    lengths = [len(ids) for ids, _ in few[6:9]]
+    assert batch["input_ids"].shape[1] == -(-max(lengths) // 8) * 8
+    assert batch["attention_mask"].sum(1).tolist() == lengths
+    assert int((batch["labels"] >= 0).sum()) == sum(int(trained.sum()) for _, trained in few[6:9])
+
+
+def test_a_weight_follows_from_its_name() -> None:
+    like = torch.empty(0)
+    first = weight("model.layers.0.mlp.up_proj.weight", (40, 30), like)
+    assert torch.equal(first, weight("model.layers.0.mlp.up_proj.weight", (40, 30), like))
+    assert not torch.equal(first, weight("model.layers.1.mlp.up_proj.weight", (40, 30), like))
+
+
+def test_model_flops_of_the_8b_model_are_those_of_the_notes() -> None:
+    """31.9 GFLOP per token at length 2048 without LoRA, 0.25 with it."""
+    assert SIZES["8b"].model_flops(2048) / 2048 / 1e9 == pytest.approx(31.9 + 0.25, abs=0.05)
