@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import gc
 import json
 import os
 import subprocess
@@ -108,6 +109,7 @@ def sweep() -> list[Case]:
 
 def measure(case: Case, size: Size, world: World) -> dict[str, Any]:
     """Run the case for its steps; peaks of the last one, by phase, and bytes of what stays."""
+    gc.collect()  # what an earlier row left must not be released within this one
     meter = GpuMeter() if world.device.type == "cuda" else CpuMeter()
     if case.system == "peer":
         step: Callable[[], None] = _peer(case, size, world.device)

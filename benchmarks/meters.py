@@ -92,19 +92,21 @@ class CpuMeter:
 
     def close(self) -> dict[str, int]:
         self._profile.stop()
-        events = self._profile.profiler.kineto_results.events()
-        changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+        wanted = ("[memory]", "forget", "window ")
+        found = self._profile.profiler.kineto_results.events()
+        events = [(e.name(), e) for e in found if e.name().startswith(wanted)]
+        changes = sorted((e.start_ns(), e.nbytes()) for name, e in events if name == "[memory]")
         times = np.array([time for time, _ in changes])
         totals = np.cumsum([change for _, change in changes])
         peaks: dict[str, int] = {}
-        forgotten = max((e.end_ns() for e in events if e.name() == "forget"), default=0)
-        windows = (e for e in events if e.name().startswith("window "))
-        for event in (e for e in windows if e.start_ns() > forgotten):
-            # With what was there just before the window.
-            first, last = np.searchsorted(times, (event.start_ns(), event.end_ns()))
-            peak = int(totals[max(first - 1, 0) : last].max())
-            name = event.name().removeprefix("window ")
-            peaks[name] = max(peak, peaks.get(name, 0))
+        forgotten = max((e.end_ns() for name, e in events if name == "forget"), default=0)
+        windows = [(name[7:], e) for name, e in events if name.startswith("window ")]
+        for name, event in windows:
+            if event.start_ns() > forgotten:
+                # With what was there just before the window.
+                first, last = np.searchsorted(times, (event.start_ns(), event.end_ns()))
+                peak = int(totals[max(first - 1, 0) : last].max())
+                peaks[name] = max(peak, peaks.get(name, 0))
         return peaks
 
 

@@ -76,7 +76,7 @@ def _run(own: argparse.Namespace, settings: Settings) -> int:
     )
     if spare < 0:
         offers = nearest(asked, files, limit)
-        print("\nnearest settings that fit:" if offers else "\nnothing fits, however short the rows")
+        print("\nnearest settings that fit:" if offers else "\nnothing fits, whatever is set")
         for option in offers:
             print(f"  {option.budget.total / GIB:6.2f} GiB  {', '.join(option.changes(asked))}")
     if own.plot:

@@ -75,6 +75,7 @@ class Budget:
         return self.total - self.parts["fixed"]
 
 
+@functools.cache
 def budget(setup: Setup) -> Budget:
     """Work out the memory of one rank."""
     static = [*_static(setup)]
@@ -234,6 +235,9 @@ def _gradients(setup: Setup, moment: Moment) -> Iterator[Term]:
     zero, layers, more = setup.zero, setup.shape.num_layers, setup.spans > 1
     block, index = sum(setup.lora.values()), moment.module.block
     done = layers - 1 - index if moment.backward and index is not None else 0
+    if moment.backward and index is not None and setup.recompute and setup.span > setup.tile:
+        each = 4 + (setup.size if zero.stage else 4)
+        yield Term("accumulation", "sums over tiles, and the last tile's", block, each)
     if zero.stage == 0:
         yield Term("accumulation", "LoRA gradients, fp32", block * (layers if more else done), 4)
     elif zero.stage < 3:

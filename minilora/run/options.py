@@ -11,6 +11,7 @@ from minilora.run.setup import Setup
 
 TILES = (2048, 4096, 8192)
 GATHERS = (16384, 8192, 4096, 2048)
+LOSS = 256
 MARGIN = 0.95  # a recommendation leaves 5 % for what is only estimated
 
 
@@ -35,6 +36,7 @@ class Option:
             "deepspeed": (self.file, other.file),
             "gather_tokens": (mine.gather_tokens, theirs.gather_tokens),
             "tile_tokens": (mine.tile_tokens, theirs.tile_tokens),
+            "loss_tokens": (mine.loss_tokens, theirs.loss_tokens),
             "disable_gradient_checkpointing": (not mine.recompute, not theirs.recompute),
             "offload_activations": (mine.offload_activations, theirs.offload_activations),
             "cutoff_len": (mine.longest, theirs.longest),
@@ -70,13 +72,18 @@ def best(found: Sequence[Option], limit: int) -> Option | None:
 
 
 def nearest(asked: Option, files: Mapping[str, Zero], limit: int) -> list[Option]:
-    """Up to three ways that fit with the fewest changes; with shorter documents if none does."""
-    tried, found = asked, list[Option]()
-    while not found and tried.setup.longest >= 64:
+    """Up to three ways that fit with the fewest changes; if none does a smaller loss chunk, and
+    then shorter documents are tried too."""
+    setup, found = asked.setup, list[Option]()
+    while not found and setup.longest >= 64:
+        tried = replace(asked, setup=setup)
         found = [option for option in options(tried, files) if option.budget.total <= limit]
-        half = tried.setup.longest // 2
-        tokens = tried.setup.step_tokens // tried.setup.longest * half
-        tried = replace(tried, setup=replace(tried.setup, longest=half, step_tokens=tokens))
+        if setup.loss_tokens > LOSS:
+            setup = replace(setup, loss_tokens=LOSS)
+        else:
+            half = setup.longest // 2
+            tokens = setup.step_tokens // setup.longest * half
+            setup = replace(setup, longest=half, step_tokens=tokens)
     return sorted(found, key=lambda o: (len(o.changes(asked)), o.budget.gathered))[:3]
 
 
