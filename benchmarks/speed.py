@@ -41,20 +41,21 @@ def groups(size: Size, device: str) -> dict[str, list[Variant]]:
             for rows in (1, 2, 4)
         ),
     ]
+    micro = size.per_device * row
+    gather = {"gather_tokens": micro, "tile_tokens": min(micro, 4096)}
     simulated = [
         replace(trainer, name="trainer-1-of-7", ranks=1, simulated=7),
         replace(ours, name="minilora-1-of-7", ranks=1, simulated=7),
-        replace(ours, name="minilora-1-of-7-gather", ranks=1, simulated=7, gather_tokens=8192),
+        replace(ours, name="minilora-1-of-7-gather", ranks=1, simulated=7, **gather),
     ]
     if device == "cuda":  # real ranks need a GPU each
         return {"single": [Variant("trainer", "trainer"), *single], "one-of-7": simulated}
-    micro = size.per_device * row
     return {
         "zero3": [
             trainer,
             ours,
             replace(ours, name="minilora-zero3-their-file", file="llama_factory"),
-            replace(ours, name="minilora-zero3-gather", gather_tokens=micro, tile_tokens=micro),
+            replace(ours, name="minilora-zero3-gather", **gather),
             replace(ours, name="minilora-zero2", stage=2),
             replace(ours, name="minilora-zero0", stage=0),
         ],
@@ -89,19 +90,20 @@ def compare(player: Player, reference: Player) -> str:
     return text
 
 
-def play(variants: Sequence[Variant], options: argparse.Namespace, folder: Path) -> list[Player]:
-    """Start all, compare all with the first, then let them step in turns."""
+def play(
+    variants: Sequence[Variant], peer: Player | None, options: argparse.Namespace, folder: Path
+) -> list[Player]:
+    """Start all, compare all with the peer (None: the first of them), let them step in turns."""
     players: list[Player] = []
     try:
         for variant in [*variants, Variant("matmul", "matmul")]:
             players.append(start(variant, options.size, options.device, options.steps, folder))
             players[-1].hear()
             say(f"  {variant.name} has done its first step")
-        reference = players[0]
-        for player in players[1:-1]:
+        for player in players[:-1]:
             same_rows = not (player.variant.packing or player.variant.simulated)
             if same_rows:
-                say("  " + compare(player, reference))
+                say("  " + compare(player, peer or players[0]))
         for _ in range(options.steps - 1):
             for player in players:
                 player.step()
@@ -142,14 +144,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         with tempfile.TemporaryDirectory(prefix="speed-") as folder:
             # On a GPU each has the memory to itself: no turns.
             sets = [chosen[name]] if options.device == "cpu" else [[v] for v in chosen[name]]
+            peer = None
             for variants in sets:
-                played = play(variants, options, Path(folder))
-                lines += [measure(player, played[-1], size, name) for player in played[:-1]]
+                played = play(variants, peer, options, Path(folder))
+                peer = peer or played[0]
+                found = [measure(player, played[-1], size, name) for player in played[:-1]]
+                print(*map(json.dumps, found), sep="\n", flush=True)
+                lines += found
     lines[0]["minutes"] = (time.monotonic() - began) / 60
     table = summary(lines)
-    for line in lines:
-        print(json.dumps(line))
-    print(table)
+    print(json.dumps(lines[0]), table, sep="\n")
     if options.out:
         stem = options.out / f"speed-{options.device}-{options.size}"
         stem.with_suffix(".json").write_text("".join(json.dumps(line) + "\n" for line in lines))
