@@ -26,7 +26,7 @@ from minilora.data.records import read_conversations
 from minilora.data.schedule import Schedule
 from minilora.data.tokenizer import load_tokenizer
 from minilora.files.adapter import CONFIG, read_adapter, read_adapter_shape
-from minilora.files.snapshot import check_room, claimed, last_snapshot
+from minilora.files.snapshot import check_room, claimed, find_snapshot, last_snapshot
 from minilora.files.weights import read_checkpoint
 from minilora.model.lora import LoraShape, resolve_targets
 from minilora.model.shape import LlamaShape
@@ -138,6 +138,8 @@ def check(settings: Settings) -> Plan:
         lora, adapter = _adapter(settings, checkpoint.shape)
     with _noting(problems):
         _check_output(train_settings)
+    with _noting(problems):
+        find_snapshot(Path(train_settings.output_dir or ""), train_settings.resume_from_checkpoint)
     if checkpoint is not None and lora is not None:
         with _noting(problems):
             check_room(Path(train_settings.output_dir or ""), 4 * lora.size(checkpoint.shape))
@@ -177,6 +179,21 @@ def _adapter(settings: Settings, shape: LlamaShape) -> tuple[LoraShape, Mapping[
         targets = resolve_targets(method.lora_target, list(shape.linear_shapes()))
         return LoraShape(method.lora_rank, method.alpha, method.lora_dropout, targets), {}
     lora = read_adapter_shape(Path(folder), shape, method.lora_dropout)
+    problems = [
+        f"{settings.name_of(key)}: {asked} contradicts the {has} of {folder}; remove the key"
+        for key, asked, has in (
+            ("lora_rank", method.lora_rank, lora.rank),
+            ("lora_alpha", method.alpha, lora.alpha),
+            (
+                "lora_target",
+                resolve_targets(method.lora_target, [*shape.linear_shapes()]),
+                lora.targets,
+            ),
+        )
+        if key in settings.origins and asked != has
+    ]
+    if problems:
+        raise RequestError(problems)
     return lora, read_adapter(Path(folder), lora.parameter_shapes(shape))
 
 
@@ -234,11 +251,13 @@ def _facts(world: World, engine: Engine, plan: Plan, schedule: Schedule) -> Iter
 
 @contextmanager
 def _noting(problems: list[str]) -> Iterator[None]:
-    """Collect the problems of a RequestError and go on."""
+    """Collect the problems of a RequestError, or of a file, and go on."""
     try:
         yield
     except RequestError as error:
         problems.extend(error.problems)
+    except OSError as error:
+        problems.append(f"{error.filename}: {error.strerror}")
 
 
 def _refuse(code: int, problems: Sequence[str]) -> int:

@@ -21,6 +21,12 @@ class RequestError(Exception):
         self.problems = tuple(problems)
 
 
+def shortened(problems: Sequence[str], most: int = 5) -> list[str]:
+    """The first of many problems of one kind, and how many more there are."""
+    more = len(problems) - most
+    return [*problems[:most], *([f"... and {more} more like the last one"] if more > 0 else [])]
+
+
 class RunError(Exception):
     """Something happened in the run: exit code 1, with what happened and the next step."""
 

@@ -10,6 +10,8 @@ from minilora.config import RequestError
 def read_text(path: Path) -> str:
     """The text of a UTF-8 file. Raises RequestError."""
     data = b""
+    if path.exists() and not path.is_file():
+        raise RequestError([f"{path}: not a plain file"])  # a pipe would never end
     try:
         data = path.read_bytes()
         return data.decode("utf-8-sig")

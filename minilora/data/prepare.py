@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minilora.config import RequestError, Settings
+from minilora.config.reading import read_json
 from minilora.data.batches import Documents
 from minilora.data.chat import Encoded, encode_texts, make_template, show
 from minilora.data.records import Tally, read_conversations
@@ -31,7 +32,8 @@ def prepare(settings: Settings, colour: bool) -> Prepared:
     """
     assert settings.model.model_name_or_path
     data = settings.data
-    tokenizer = load_tokenizer(Path(settings.model.model_name_or_path))
+    folder = Path(settings.model.model_name_or_path)
+    tokenizer = load_tokenizer(folder)
     encoded, tally = _encode(settings, data.dataset, tokenizer)
     held_out: list[Encoded] = []
     if data.eval_dataset:
@@ -39,6 +41,15 @@ def prepare(settings: Settings, colour: bool) -> Prepared:
     elif data.val_size:
         encoded, held_out = _hold_out(encoded, data.val_size, settings.train.seed)
     documents, validation = Documents.of(encoded), Documents.of(held_out)
+    known = read_json(folder / "config.json").get("vocab_size")
+    highest = int(max(documents.tokens.max(), *validation.tokens.max(initial=0, keepdims=True)))
+    if isinstance(known, int) and highest >= known:
+        raise RequestError(
+            [
+                f"{folder / 'tokenizer.json'}: makes token {highest}, beyond the vocab_size "
+                f"{known} of config.json; is it another model's tokenizer?"
+            ]
+        )
     summary = (
         f"{tally.summary()}; {len(documents)} documents, {len(documents.tokens):,} tokens, "
         f"{int(documents.labelled.sum()):,} of them trained"

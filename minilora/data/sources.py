@@ -73,6 +73,8 @@ def find_sources(names: tuple[str, ...], folder: Path) -> list[Source]:
             sources.append(_find(name, info, info_path))
         except RequestError as error:
             problems += error.problems
+        except OSError as error:  # a name that no file can have
+            problems.append(f"dataset {name[:80]}: {str(error.strerror).lower()}")
     if problems:
         raise RequestError(problems)
     return sources
@@ -150,7 +152,9 @@ def read_rows(path: Path) -> list[Row]:
             rows.append(Row(f"{path}:{number}", value))
         except (ValueError, RecursionError) as error:
             reason = getattr(error, "msg", error)
-            problems.append(f"{path}:{number}: not a JSON object on one line: {reason}")
+            problems.append(
+                f"{path}:{number}: not JSON: {reason}; a row per line, or a list of rows, is read"
+            )
     if len(problems) > MOST_BROKEN_LINES:
         more = f"{path}: {len(problems) - MOST_BROKEN_LINES} more lines are broken"
         problems = [*problems[:MOST_BROKEN_LINES], more]

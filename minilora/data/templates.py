@@ -2,10 +2,12 @@
 
 import datetime
 import json
-from collections.abc import Mapping, Sequence
+import signal
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, NoReturn
 
 import jinja2
 import jinja2.ext
@@ -20,6 +22,8 @@ TODAY = datetime.datetime(2024, 7, 26)
 # A template may add this much to a conversation, and at most this factor: JSON escapes are 6 long.
 MOST_ADDED = 1_000_000
 MOST_FACTOR = 8
+OTHER = "use template: llama3, or another template"
+MOST_SECONDS = 5  # of processor time for one conversation; what is usual takes a thousandth
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,39 @@ class Llama3:
         return json.dumps(calls[0] if len(calls) == 1 else calls, ensure_ascii=False)
 
 
+class _Sandbox(ImmutableSandboxedEnvironment):
+    """No code but the template's, and no operation that is one endless call by itself."""
+
+    intercepted_binops = frozenset(["*", "**"])
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        """Multiply what stays small; no chat template needs powers."""
+        pairs = (left, right), (right, left)
+        lengths = [len(x) * y for x, y in pairs if hasattr(x, "__len__") and isinstance(y, int)]
+        bits = [x.bit_length() for x in (left, right) if isinstance(x, int)]
+        if operator == "**" or max(lengths, default=0) > MOST_ADDED or max(bits, default=0) > 1000:
+            raise jinja2.exceptions.SecurityError(f"{operator} of such values is not allowed")
+        return super().call_binop(context, operator, left, right)
+
+
+@contextmanager
+def _bounded() -> Iterator[None]:
+    """Raises RequestError if a template takes too long, or more memory than there is."""
+
+    def stop(*_: object) -> NoReturn:
+        raise RequestError([f"chat template: still busy after {MOST_SECONDS} s; {OTHER}"])
+
+    before = signal.signal(signal.SIGVTALRM, stop)
+    signal.setitimer(signal.ITIMER_VIRTUAL, MOST_SECONDS)
+    try:
+        yield
+    except MemoryError:
+        raise RequestError([f"chat template: needs more memory than there is; {OTHER}"]) from None
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
+
+
 class _Generation(jinja2.ext.Extension):
     """{% generation %} marks answers for other programs; here its contents stand as they are."""
 
@@ -81,16 +118,17 @@ class OwnTemplate:
 
     def __post_init__(self) -> None:
         try:
-            _ = self._template
+            with _bounded():
+                _ = self._template
         except jinja2.TemplateSyntaxError as error:
             raise RequestError([f"chat template, line {error.lineno}: {error.message}"]) from None
+        except (SyntaxError, RecursionError) as error:
+            raise RequestError([f"chat template: {error}; {OTHER}"]) from None
 
     @cached_property
     def _template(self) -> jinja2.Template:
         extensions = [_Generation, jinja2.ext.loopcontrols]
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=extensions
-        )
+        environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
         # As transformers' filter: jinja2's own would escape <, > and & for HTML.
         environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
         environment.globals["raise_exception"] = _raise_exception
@@ -121,18 +159,21 @@ class OwnTemplate:
         limit = MOST_ADDED + MOST_FACTOR * len(str(messages))
         pieces, length = [], 0
         try:
-            for piece in self._template.generate(
-                messages=messages,
-                tools=None,
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
-                **self.named,
-            ):
-                pieces.append(piece)
-                length += len(piece)
-                if length > limit:
-                    raise RequestError([f"chat template: writes over {limit} characters"])
-        except (jinja2.TemplateError, TypeError, ValueError, LookupError) as error:
+            with _bounded():
+                for piece in self._template.generate(
+                    messages=messages,
+                    tools=None,
+                    documents=None,
+                    add_generation_prompt=add_generation_prompt,
+                    **self.named,
+                ):
+                    pieces.append(piece)
+                    length += len(piece)
+                    if length > limit:
+                        raise RequestError([f"chat template: writes over {limit} characters"])
+        except RequestError:
+            raise
+        except Exception as error:  # a template's code can raise anything
             raise BadRow(f"the chat template refuses it: {error}") from None
         return "".join(pieces)
 
@@ -150,7 +191,7 @@ def _after(start: str, text: str) -> str:
         raise RequestError(
             [
                 "chat template: it shows a turn differently once more turns follow, so what is"
-                " trained is not what will be served; use template: llama3, or another template"
+                f" trained is not what will be served; {OTHER}"
             ]
         )
     return text[len(start) :]

@@ -80,6 +80,8 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         raise RequestError(problems)
     stops = _read_if_there(folder / "generation_config.json").get("eos_token_id") or []
     stops = stops if isinstance(stops, list) else [stops]
+    if not all(type(stop) is int for stop in stops):
+        raise RequestError([f"{folder / 'generation_config.json'}: eos_token_id: not a number"])
     tokenizer = Tokenizer(
         backend=backend,
         bos_id=specials.get(named.get("bos_token", "")),
@@ -128,8 +130,9 @@ def _chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:
     if path.is_file():
         return read_text(path)
     template = config.get("chat_template")
-    if isinstance(template, list):
-        template = {entry["name"]: entry["template"] for entry in template}.get("default")
+    for entry in template if isinstance(template, list) else ():
+        if isinstance(entry, dict) and entry.get("name") == "default":
+            template = entry.get("template")
     return template if isinstance(template, str) else None
 
 

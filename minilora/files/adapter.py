@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from minilora.config import RequestError, RunError
+from minilora.config import RequestError, RunError, shortened
 from minilora.config.reading import read_json
 from minilora.model.lora import LoraShape, resolve_targets
 from minilora.model.shape import LlamaShape
@@ -110,7 +110,7 @@ def read_adapter(folder: Path, expected: Mapping[str, tuple[int, ...]]) -> dict[
     try:
         held = load_file(folder / WEIGHTS)
     except FileNotFoundError:
-        raise RequestError([f"{folder / WEIGHTS}: no such file"]) from None
+        raise RequestError([f"{folder / WEIGHTS}: no such file; no other format is read"]) from None
     except (SafetensorError, OSError) as error:
         raise RequestError([f"{folder / WEIGHTS}: not a whole safetensors file: {error}"]) from None
     wanted = {stored_name(name): shape for name, shape in expected.items()}
@@ -126,7 +126,7 @@ def read_adapter(folder: Path, expected: Mapping[str, tuple[int, ...]]) -> dict[
         elif not held[name].isfinite().all():
             problems.append(f"{where}: {name} holds NaN or infinite numbers")
     if problems:
-        raise RequestError(problems)
+        raise RequestError(shortened(problems))
     return {name: held[stored_name(name)] for name in expected}
 
 

@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from minilora.config import RequestError
+from minilora.config import RequestError, shortened
 from minilora.config.reading import read_json
 from minilora.model.shape import LlamaShape
 
@@ -65,6 +65,8 @@ class Piece:
 
 def read_config(folder: Path) -> tuple[dict[str, Any], LlamaShape]:
     """Read config.json alone. Raises RequestError."""
+    if not folder.is_dir():
+        raise RequestError([f"{folder}: no such folder; download the model, and name its folder"])
     config = read_json(folder / "config.json")
     return config, LlamaShape.from_config(config, str(folder / "config.json"))
 
@@ -88,7 +90,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         tensors.update(held)
     expected = shape.parameter_shapes()
     if not problems:
-        problems = _compare(tensors, expected, folder)
+        problems = shortened(_compare(tensors, expected, folder))
     if problems:
         raise RequestError(problems)
     return Checkpoint(folder, config, shape, {name: tensors[name] for name in expected})
@@ -148,6 +150,12 @@ def _files(folder: Path, problems: list[str]) -> dict[Path, set[str] | None]:
 
 def _read_header(file: Path, problems: list[str]) -> dict[str, StoredTensor]:
     """The tensors of one file; the library checks header, offsets and the file's length."""
+    if not file.exists():
+        problems.append(f"{file}: no such file, though {INDEX} names it; download it again")
+        return {}
+    if not _is_inside(file):
+        problems.append(f"{file}: leads out of its folder; put the file itself there")
+        return {}
     try:
         # For numpy, since for torch it maps the file writable, which a small machine refuses.
         with safe_open(file, framework="np") as opened:
@@ -159,9 +167,6 @@ def _read_header(file: Path, problems: list[str]) -> dict[str, StoredTensor]:
         with file.open("rb") as raw:
             size = int.from_bytes(raw.read(8), "little")
             header = json.loads(raw.read(size))
-    except FileNotFoundError:
-        problems.append(f"{file}: no such file, though {INDEX} names it; download it again")
-        return {}
     except (SafetensorError, OSError, ValueError) as error:
         problems.append(f"{file}: not a whole safetensors file ({error}); download it again")
         return {}
@@ -173,6 +178,16 @@ def _read_header(file: Path, problems: list[str]) -> dict[str, StoredTensor]:
         start = 8 + size + int(header[name]["data_offsets"][0])
         held[name] = StoredTensor(file, start, shape, DTYPES[dtype])
     return held
+
+
+def _is_inside(file: Path) -> bool:
+    """Whether it is a plain file of its folder, or of the hub's cache that the folder is part of.
+
+    There snapshots/REVISION/NAME is a link to blobs/HASH.
+    """
+    folder, target = file.parent.resolve(), file.resolve()
+    in_cache = folder.parent.name == "snapshots" and target.parent == folder.parents[1] / "blobs"
+    return target.is_file() and (target.parent == folder or in_cache)
 
 
 def _compare(

@@ -68,7 +68,7 @@ class LlamaShape:
             vocab_size=read.whole("vocab_size"),
             hidden_size=hidden,
             intermediate_size=read.whole("intermediate_size"),
-            num_layers=read.whole("num_hidden_layers"),
+            num_layers=read.whole("num_hidden_layers", most=10_000),
             num_heads=heads,
             num_kv_heads=kv_heads,
             head_dim=head_dim,
@@ -128,11 +128,11 @@ class _Reader:
     def problem(self, key: str, value: object, remedy: str) -> None:
         self.problems.append(f"{self.where}: {key} is {value!r}: {remedy}")
 
-    def whole(self, key: str, default: int | None = None) -> int:
+    def whole(self, key: str, default: int | None = None, most: int = 10**9) -> int:
         value = self.values.get(key)
         value = default if value is None else value
-        if type(value) is not int or value < 1:
-            self.problem(key, value, "a whole number of at least 1 is needed")
+        if type(value) is not int or not 1 <= value <= most:
+            self.problem(key, value, f"a whole number from 1 to {most} is needed")
             return 1
         return value
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import difflib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -14,6 +15,17 @@ from minilora.config import RequestError, TrainSettings
 from minilora.config.reading import read_json
 
 SHIPPED = resources.files("minilora") / "ds_configs"
+# Sections and keys of DeepSpeed's that go with this program; DeepSpeed ignores what it does not
+# know, and a misspelt zero_optimization would mean no ZeRO.
+KNOWN = frozenset(
+    """
+    aio bf16 comet comms_logger communication_data_type csv_monitor data_types disable_allgather
+    dump_state flops_profiler fp16 gradient_accumulation_steps gradient_clipping
+    gradient_predivide_factor memory_breakdown optimizer prescale_gradients scheduler
+    steps_per_print tensorboard train_batch_size train_micro_batch_size_per_gpu
+    wall_clock_breakdown wandb zero_allow_untested_optimizer zero_force_ds_cpu_optimizer zero_optimization
+    """.split()
+)
 
 
 @dataclass(frozen=True)
@@ -49,7 +61,9 @@ def resolve_ds_config(path: Path, train: TrainSettings, facts: Facts) -> dict[st
     step: accumulation is ours. Raises RequestError naming every key that contradicts or is unknown.
     """
     config: dict[str, Any] = copy.deepcopy(read_json(path))
-    problems: list[str] = []
+    problems = _form_problems(config)
+    if problems:
+        raise RequestError([f"{path}: {problem}" for problem in problems])
     for keys, value in _meanings(train, facts).items():
         _fill(config, keys, value, problems)
     for keys, value in _sizes(facts.hidden_size).items():
@@ -75,6 +89,27 @@ def resolve_ds_config(path: Path, train: TrainSettings, facts: Facts) -> dict[st
     # The optimizer is torch's AdamW also where its state lies in host memory.
     config["zero_force_ds_cpu_optimizer"] = False
     return config
+
+
+def _form_problems(config: Mapping[str, Any]) -> list[str]:
+    """Keys that DeepSpeed would ignore or this program cannot go with, and values of no use."""
+    problems = []
+    for key in config.keys() - KNOWN:
+        close = difflib.get_close_matches(key, KNOWN, n=1, cutoff=0.8)
+        hint = f"did you mean {close[0]}?" if close else "remove it"
+        problems.append(f"{key} is not a key of DeepSpeed's that is used here: {hint}")
+    for key in ("zero_optimization", "bf16", "fp16", "optimizer"):
+        if not isinstance(config.get(key, {}), dict):
+            problems.append(f"{key} is {json.dumps(config[key])}; an object {{...}} is needed")
+    section = config.get("zero_optimization")
+    section = section if isinstance(section, dict) else {}
+    for key, part in section.items():
+        if isinstance(part, dict) and part.get("device") == "nvme":
+            problems.append(f'zero_optimization.{key}.device is "nvme"; say "cpu" or "none"')
+    stage = section.get("stage", 0)
+    if type(stage) is not int or stage not in range(4):
+        problems.append(f"zero_optimization.stage is {json.dumps(stage)}; say 0, 1, 2 or 3")
+    return sorted(problems)
 
 
 def zero_stage(config: Mapping[str, Any]) -> int:

@@ -14,9 +14,10 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed import utils as ds
+from deepspeed.runtime.config import DeepSpeedConfig
 from torch import Tensor, nn
 
-from minilora.config import RunError, TrainSettings
+from minilora.config import RequestError, RunError, TrainSettings
 from minilora.data.batches import Span
 from minilora.files.weights import Checkpoint, Piece, read_pieces
 from minilora.model.llama import Block, Llama
@@ -47,7 +48,7 @@ class Engine:
     """A Llama with LoRA in DeepSpeed's hands."""
 
     def __init__(self, world: World, plan: Plan) -> None:
-        _wake_deepspeed(world, plan.train)
+        _wake_deepspeed(world, plan)
         self.world, self.shape = world, plan.checkpoint.shape
         self.stage = zero_stage(plan.ds_config)
         self.dtype = torch.bfloat16 if wants_bf16(plan.train) else torch.float32
@@ -245,16 +246,24 @@ class _Partitioned(deepspeed.zero.Init):  # type: ignore[misc]
         param.partition()
 
 
-def _wake_deepspeed(world: World, train: TrainSettings) -> None:
-    """Let DeepSpeed use the process group that is there, and say no more than it is asked to."""
-    if not train.verbose_deepspeed:
+def _wake_deepspeed(world: World, plan: Plan) -> None:
+    """Let DeepSpeed use the process group that is there, and say no more than it is asked to.
+
+    Raises RequestError for a configuration that DeepSpeed does not take.
+    """
+    if not plan.train.verbose_deepspeed:
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         # DeepSpeed calls torch's collectives by names that torch is about to change.
         warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     if world.device.type == "cpu":
         # Compiling this op takes 30 s and a compiler, and training never calls it.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(verbose=train.verbose_deepspeed)
+    deepspeed.init_distributed(verbose=plan.train.verbose_deepspeed)
+    try:
+        DeepSpeedConfig(dict(plan.ds_config))
+    except Exception as error:  # of many kinds, and in many lines
+        reason = " ".join(str(error).partition("[type=")[0].split())
+        raise RequestError([f"deepspeed: {plan.train.deepspeed}: {reason}"]) from None
 
 
 def _import_muon() -> None:

@@ -61,12 +61,17 @@ class World:
 
     @contextmanager
     def agreed(self) -> Iterator[None]:
-        """What is wrong with the request on one rank is raised on all. Collective at its end."""
+        """What is wrong with the request on one rank is raised on all. Collective at its end.
+
+        A file that cannot be read is a wrong request too.
+        """
         mine: Sequence[str] = ()
         try:
             yield
         except RequestError as error:
             mine = error.problems
+        except OSError as error:
+            mine = [f"{error.filename}: {error.strerror}"]
         problems = [*dict.fromkeys(chain.from_iterable(self.gather_objects(mine)))]
         if problems:
             raise RequestError(problems)
