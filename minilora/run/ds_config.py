@@ -23,7 +23,8 @@ KNOWN = frozenset(
     dump_state flops_profiler fp16 gradient_accumulation_steps gradient_clipping
     gradient_predivide_factor memory_breakdown optimizer prescale_gradients scheduler
     steps_per_print tensorboard train_batch_size train_micro_batch_size_per_gpu
-    wall_clock_breakdown wandb zero_allow_untested_optimizer zero_force_ds_cpu_optimizer zero_optimization
+    wall_clock_breakdown wandb zero_allow_untested_optimizer zero_force_ds_cpu_optimizer
+    zero_optimization
     """.split()
 )
 
