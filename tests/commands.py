@@ -95,8 +95,7 @@ def parse_module(module: str, words: list[str]) -> None:
         case "train":
             read_settings(words, command)
         case "plan":
-            _, rest = parser_of(module).parse_known_args(words)
-            read_settings(rest, command)
+            assert importlib.import_module(module).main(words) != 2, words
         case "generate" | "merge":
             parser_of(module).parse_args(words)
         case _:

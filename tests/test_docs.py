@@ -65,6 +65,7 @@ def test_every_command_is_understood(path: Path) -> None:
         "./run.sh fly",
         "python -m minilora.merge --model_name_or_path DIR --adapter_name_or_path DIR",
         "python -m minilora.generate --model_name_or_path DIR --prompt a --tempo 1",
+        f"python -m minilora.plan {EXAMPLE} --cards 7",
         "python -m minilora.nothing",
         "llamafactory-cli train job.yaml",
     ],
@@ -226,11 +227,26 @@ def test_figures_are_those_of_the_tests_and_settings(path: Path) -> None:
     defaults = {item.name: item.default for _, item in all_settings()}
     assert defaults["loss_tokens"] == 1024 and defaults["logging_steps"] == 10
     package = sum(len(text_of(file).splitlines()) for file in (ROOT / "minilora").rglob("*.py"))
-    (told,) = re.findall(r"(\d,000)[^\n]* Python", text)
+    (told,) = re.findall(r"(\d,\d00)[^\n]* Python", text)
     assert int(told.replace(",", "")) == pytest.approx(package, rel=0.1)
     reliability = text_of(ROOT / "docs" / "reliability.md")
     assert "agree to 1e-5" in reliability and "rel=1e-5)\n" in sources["resume"]
     assert "MINILORA_KILLS=20" in reliability and '"MINILORA_KILLS"' in sources["resume"]
+
+
+@pytest.mark.parametrize("path", READMES, ids=lambda path: path.name)
+def test_the_predicted_memory_is_what_the_plan_says(
+    path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (command,) = [line for line in fenced_commands(text_of(path)) if "minilora.plan" in line]
+    assert importlib.import_module("minilora.plan").main(shlex.split(command)[3:]) == 0
+    output = capsys.readouterr().out
+    told = re.findall(r"[\d.]+ GiB", text_of(path).split(command)[1].split("\n\n")[1])
+    usable, fullest = (
+        re.findall(pattern, output)[0]
+        for pattern in (r"which (\S+ GiB) can", r"fullest.* (\S+ GiB)")
+    )
+    assert sorted(told) == sorted([usable, fullest])
 
 
 def test_the_demo_commands_run(
