@@ -27,7 +27,7 @@ from minilora.data.schedule import Schedule
 from minilora.data.tokenizer import load_tokenizer
 from minilora.files.adapter import CONFIG, read_adapter, read_adapter_shape
 from minilora.files.snapshot import check_room, claimed, find_snapshot, last_snapshot
-from minilora.files.weights import read_checkpoint
+from minilora.files.weights import read_checkpoint, read_config
 from minilora.model.lora import LoraShape, resolve_targets
 from minilora.model.shape import LlamaShape
 from minilora.run.ds_config import Facts, find_ds_config, resolve_ds_config
@@ -131,30 +131,33 @@ def check(settings: Settings) -> Plan:
     """Check weights, adapter, DeepSpeed file and output folder, and report all problems at once."""
     problems: list[str] = []
     train_settings = settings.train
-    checkpoint = lora = adapter = None
-    assert settings.model.model_name_or_path
+    shape = checkpoint = lora = adapter = None
+    model = Path(settings.model.model_name_or_path or "")
     with _noting(problems):
-        checkpoint = read_checkpoint(Path(settings.model.model_name_or_path))
-        lora, adapter = _adapter(settings, checkpoint.shape)
+        _, shape = read_config(model)
+        checkpoint = read_checkpoint(model)
+    if shape is not None:
+        with _noting(problems):
+            lora, adapter = _adapter(settings, shape)
     with _noting(problems):
         _check_output(train_settings)
     with _noting(problems):
         find_snapshot(Path(train_settings.output_dir or ""), train_settings.resume_from_checkpoint)
-    if checkpoint is not None and lora is not None:
+    if shape is not None and lora is not None:
         with _noting(problems):
-            check_room(Path(train_settings.output_dir or ""), 4 * lora.size(checkpoint.shape))
+            check_room(Path(train_settings.output_dir or ""), 4 * lora.size(shape))
     ds_config = {}
     with _noting(problems):
         path = find_ds_config(train_settings.deepspeed)
-        if checkpoint is not None:
+        if shape is not None:
             facts = Facts(
                 world_size=int(os.environ.get("WORLD_SIZE", "1")),
-                hidden_size=checkpoint.shape.hidden_size,
+                hidden_size=shape.hidden_size,
                 bf16=wants_bf16(train_settings),
             )
             ds_config = resolve_ds_config(path, train_settings, facts)
     if problems or checkpoint is None or lora is None or adapter is None:
-        raise RequestError([*problems, *_data_problems(settings, tokenizer=checkpoint is not None)])
+        raise RequestError([*problems, *_data_problems(settings, tokenizer=shape is not None)])
     recompute = not settings.model.disable_gradient_checkpointing
     return Plan(checkpoint, lora, adapter, train_settings, ds_config, recompute)
 

@@ -23,7 +23,7 @@ TODAY = datetime.datetime(2024, 7, 26)
 MOST_ADDED = 1_000_000
 MOST_FACTOR = 8
 OTHER = "use template: llama3, or another template"
-MOST_SECONDS = 5  # of processor time for one conversation; what is usual takes a thousandth
+MOST_SECONDS = 3  # of processor time for one conversation; what is usual takes a thousandth
 
 
 @dataclass(frozen=True)
