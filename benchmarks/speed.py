@@ -38,7 +38,7 @@ def groups(size: Size, device: str) -> dict[str, list[Variant]]:
         replace(alone, name="minilora-keep", recompute=False),
         *(
             replace(alone, name=f"minilora-tile-{rows}-rows", tile_tokens=rows * row)
-            for rows in (1, 2, 4)
+            for rows in (1, 4)
         ),
     ]
     micro = size.per_device * row
@@ -54,6 +54,8 @@ def groups(size: Size, device: str) -> dict[str, list[Variant]]:
         "zero3": [
             trainer,
             ours,
+            replace(trainer, name="trainer-zero3-keep", recompute=False),
+            replace(ours, name="minilora-zero3-keep", recompute=False),
             replace(ours, name="minilora-zero3-their-file", file="llama_factory"),
             replace(ours, name="minilora-zero3-gather", **gather),
             replace(ours, name="minilora-zero2", stage=2),
@@ -62,6 +64,7 @@ def groups(size: Size, device: str) -> dict[str, list[Variant]]:
         "skewed": [
             replace(trainer, name="trainer-zero3-skewed", workload="skewed"),
             replace(ours, name="minilora-zero3-skewed", workload="skewed"),
+            replace(ours, name="minilora-zero3-keep-skewed", workload="skewed", recompute=False),
             replace(ours, name="minilora-zero3-packed", workload="skewed", packing=True),
         ],
         "single": single,
