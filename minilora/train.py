@@ -204,9 +204,9 @@ def _check_output(settings: TrainSettings) -> None:
     """Refuse to write over another run."""
     assert settings.output_dir
     folder = Path(settings.output_dir)
-    if not settings.overwrite_output_dir and any(
-        (folder / name).exists() for name in (LOG, CONFIG)
-    ):
+    resumes = (settings.resume_from_checkpoint or "false").lower() != "false"
+    holds_run = any((folder / name).exists() for name in (LOG, CONFIG))
+    if holds_run and not (settings.overwrite_output_dir or resumes):
         raise RequestError(
             [
                 f"output_dir: {folder} holds a run; name another, go on with it "

@@ -36,6 +36,13 @@ def resumed(ground: Ground, launch: Callable[..., tuple[int, str]]) -> Jobs:
     jobs: Jobs = {}
     common = {"lora_dropout": 0.3, "per_device_train_batch_size": ROWS // 2}
     jobs["whole"] = job(ground, "whole", 3, **common)
+    jobs["in place"] = {**job(ground, "in-place", 3, **common), "max_steps": 2}
+    jobs["in place, on"] = {
+        **job(ground, "in-place", 3, **common),
+        "max_steps": 4,
+        "resume_from_checkpoint": "true",
+    }
+    del jobs["in place, on"]["overwrite_output_dir"]
     for step in range(1, STEPS):
         jobs[step] = {
             **job(ground, f"from-{step}", 3, **common),
@@ -54,6 +61,10 @@ def test_going_on_from_any_step_changes_no_bit(resumed: Jobs, step: int) -> None
     expected = adapter(whole)
     for name, tensor in adapter(rest).items():
         assert torch.equal(tensor, expected[name]), name
+
+
+def test_a_run_goes_on_in_its_own_folder_without_leave_to_overwrite(resumed: Jobs) -> None:
+    assert log(resumed["in place, on"], "current_steps") == [1, 2, 3, 4]
 
 
 def test_snapshots_are_adapters_and_small(resumed: Jobs) -> None:

