@@ -36,7 +36,7 @@ from minilora.run.loop import Job, train
 from minilora.run.memory import is_out_of_memory, phase_of
 from minilora.run.report import LOG, Report, Totals
 from minilora.run.resume import start_of
-from minilora.run.stop import Stopped, stopping_at_once
+from minilora.run.stop import Lasting, Stopped, stopping_at_once
 from minilora.run.world import World, wants_bf16
 
 # Seconds that the other ranks leave to rank 0 for its message; the launcher ends them sooner.
@@ -293,4 +293,6 @@ def leave(code: int) -> NoReturn:
 
 
 if __name__ == "__main__":
+    sys.stdout = Lasting(sys.stdout.buffer, write_through=True)
+    sys.stderr = Lasting(sys.stderr.buffer, write_through=True)
     leave(main())

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import NoReturn
@@ -14,6 +15,19 @@ from typing import NoReturn
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 # Launchers pass on a Ctrl-C that the terminal has sent to every process already.
 ECHO_SECONDS = 1
+
+
+class Lasting(io.TextIOWrapper):
+    """A stream that goes on without its reader: Ctrl-C ends the `tee` behind a pipe first."""
+
+    def write(self, text: str, /) -> int:
+        with suppress(OSError):
+            super().write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            super().flush()
 
 
 class Stopped(BaseException):
