@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from benchmarks.turns import Turns
-from benchmarks.workloads import SIZES, Size, rows, weight
+from benchmarks.workloads import LLAMA_FACTORY, SIZES, Size, rows, weight
 from minilora.config import DataSettings, MethodSettings, ModelSettings, Settings, TrainSettings
 from minilora.data.batches import Documents
 from minilora.data.schedule import Schedule
@@ -121,8 +121,6 @@ def _ds_file(turns: Turns, size: Size) -> Path:
     At 8B every LoRA matrix stays whole on each rank, every frozen one is partitioned, and a block
     is fetched ahead; with the shipped numbers a small model would not be partitioned at all.
     """
-    from benchmarks.peers import LLAMA_FACTORY
-
     if turns.order.variant.file == "llama_factory":
         config: dict[str, Any] = LLAMA_FACTORY
     else:

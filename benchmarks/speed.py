@@ -126,7 +126,7 @@ def read(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--size", choices=tuple(SIZES), default="tiny")
     parser.add_argument("--groups", nargs="*", help="zero3, skewed, single, one-of-7; default all")
     parser.add_argument("--timed", type=int, default=6, help="steps after the warm-up")
-    parser.add_argument("--out", type=Path, help="folder for speed-DEVICE-SIZE.json and .md")
+    parser.add_argument("--out", type=Path, help="folder for speed-DEVICE-SIZE-GROUPS.json and .md")
     options = parser.parse_args(argv)
     options.steps = WARM_UP + options.timed
     return options
@@ -158,7 +158,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     table = summary(lines)
     print(json.dumps(lines[0]), table, sep="\n")
     if options.out:
-        stem = options.out / f"speed-{options.device}-{options.size}"
+        parts = ["speed", options.device, options.size, *(options.groups or ())]
+        stem = options.out / "-".join(parts)
         stem.with_suffix(".json").write_text("".join(json.dumps(line) + "\n" for line in lines))
         stem.with_suffix(".md").write_text(table)
 
