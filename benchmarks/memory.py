@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.meters import CpuMeter, GatherCount, GpuMeter, MadeUp, Pretended, held, watch
+from benchmarks.meters import CpuMeter, GatherCount, GpuMeter, MadeUp, Pretended, held, peer, watch
 from benchmarks.workloads import SIZES, Size
 from minilora.config import DataSettings, MethodSettings, ModelSettings, Settings, TrainSettings
 from minilora.data.batches import Documents, Place, Step, TileLimits, build_step
@@ -62,6 +62,7 @@ class Case:
     offload_activations: bool = False
     tied: bool = False
     packing: bool = False
+    reduce_bucket_size: int | None = None
     bf16: bool = True
 
     @property
@@ -93,18 +94,22 @@ class Case:
         )
 
 
-def sweep() -> list[Case]:
-    """The article's job for each file, and one thing changed at a time; then the peer."""
-    cases = []
+def sweep(size: str, bf16: bool) -> list[Case]:
+    """The article's job for each file, and one thing changed at a time; then the peer.
+
+    A small model gets a sixteenth of the tokens.
+    """
+    few, cases = 1 if size == "8b" else 16, []
     for file in ("zero3", "zero2", "zero0"):
-        base = Case(deepspeed=file)
-        cases += [base]
-        cases += [dataclasses.replace(base, gather_tokens=n) for n in (16384, 8192)]
-        near = dataclasses.replace(base, gather_tokens=8192)
-        cases += [dataclasses.replace(near, tile_tokens=n) for n in (2048, 8192)]
+        base = Case(deepspeed=file, bf16=bf16, cutoff_len=2048 // few, loss_tokens=1024 // few)
+        base = dataclasses.replace(base, tile_tokens=4096 // few, lora_rank=SIZES[size].rank)
+        near = dataclasses.replace(base, gather_tokens=8192 // few)
+        cases += [base, near, dataclasses.replace(base, gather_tokens=16384 // few)]
+        cases += [dataclasses.replace(near, tile_tokens=n // few) for n in (2048, 8192)]
         cases += [dataclasses.replace(base, offload_activations=True)]
         cases += [dataclasses.replace(base, batch=n) for n in (1, 2, 8)]
-    return [*cases, *(Case(system="peer", deepspeed="none", batch=n) for n in (1, 2, 4))]
+    other = dataclasses.replace(base, system="peer", deepspeed="none")
+    return [*cases, *(dataclasses.replace(other, batch=n) for n in (1, 2, 4))]
 
 
 def measure(case: Case, size: Size, world: World) -> dict[str, Any]:
@@ -112,7 +117,7 @@ def measure(case: Case, size: Size, world: World) -> dict[str, Any]:
     gc.collect()  # what an earlier row left must not be released within this one
     meter = GpuMeter() if world.device.type == "cuda" else CpuMeter()
     if case.system == "peer":
-        step: Callable[[], None] = _peer(case, size, world.device)
+        step: Callable[[], None] = _peer_stepper(case, size, world.device)
         engine = None
     else:
         engine = _engine(case, size, world)
@@ -142,10 +147,9 @@ def _engine(case: Case, size: Size, world: World) -> MadeUp:
 
 def _stepper(case: Case, engine: MadeUp, meter: GpuMeter | CpuMeter) -> Callable[[], None]:
     """A function that takes an optimizer step, its phases in windows."""
-    count = GatherCount()
+    count, batch = GatherCount(), _batch(case, engine.world)
 
     def step() -> None:
-        batch = _batch(case, engine.world)
         gathered = count.bytes
         for number, span in enumerate(batch.spans, 1):
             engine.forward_backward(span, 1.0, last=number == len(batch.spans))
@@ -156,6 +160,21 @@ def _stepper(case: Case, engine: MadeUp, meter: GpuMeter | CpuMeter) -> Callable
     watch(engine.model.lm_head, "forward", meter, "loss")
     watch(engine.engine, "backward", meter, "recompute")
     watch(engine, "step", meter, "step")
+    return step
+
+
+def _peer_stepper(case: Case, size: Size, device: torch.device) -> Callable[[], None]:
+    """transformers and PEFT, each block checkpointed, a micro-batch at a time."""
+    dtype = torch.bfloat16 if case.bf16 else torch.float32
+    model, adam = peer(size.config(), case.lora_rank, device, dtype)
+
+    def step() -> None:
+        ids = torch.randint(size.vocab, (case.batch, case.cutoff_len), device=device)
+        for _ in range(case.accumulation):
+            model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        adam.step()
+        adam.zero_grad()
+
     return step
 
 
@@ -174,37 +193,16 @@ def _batch(case: Case, world: World) -> Step:
     return build_step(Documents.of(encoded), chosen, step=0, place=place, limits=limits, seed=1)
 
 
-def _peer(case: Case, size: Size, device: torch.device) -> Callable[[], None]:
-    """transformers and PEFT, each block checkpointed, a micro-batch at a time."""
-    from peft import LoraConfig, get_peft_model
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(**{k: v for k, v in size.config().items() if k != "model_type"})
-    with torch.device(device):
-        dtype = torch.bfloat16 if case.bf16 else torch.float32
-        model = LlamaForCausalLM._from_config(config, dtype=dtype)
-    lora = LoraConfig(r=case.lora_rank, target_modules="all-linear", task_type="CAUSAL_LM")
-    model = get_peft_model(model, lora)
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    model.enable_input_require_grads()
-    model.train()
-    adam = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
-
-    def step() -> None:
-        ids = torch.randint(size.vocab, (case.batch, case.cutoff_len), device=device)
-        for _ in range(case.accumulation):
-            model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
-        adam.step()
-        adam.zero_grad()
-
-    return step
-
-
 def predict(case: Case, size: Size, ranks: int, on_gpu: bool) -> dict[str, Any]:
     """What the plan says: the same keys as `measure` where it counts the same."""
     needs = budget(_setup(case, size, ranks, on_gpu))
-    found = {"run": needs.tensors, "total": needs.total, "gathered": needs.gathered}
-    found |= needs.phases
+    phases = dict(needs.phases)
+    if case.offload_activations and not on_gpu:  # what is away is counted with the rest
+        inputs = next(t.bytes for t in needs.host if t.name.startswith("block inputs")) // ranks
+        for phase in ("forward", "loss", "recompute"):
+            phases[phase] += inputs * (size.layers - (phase == "recompute")) // size.layers
+    found = {"run": max(phases.values()), "total": needs.total, "gathered": needs.gathered}
+    found |= phases
     for term in needs.terms:
         for name in ("weights", "LoRA", "Adam moments"):
             if term.name.startswith(f"{name},") and "gradients" not in term.name:
@@ -232,6 +230,8 @@ def _ds_config(case: Case, size: Size, ranks: int) -> dict[str, Any]:
             section[key] = value * size.block // BLOCK_8B
     if "stage3_param_persistence_threshold" in section:
         section["stage3_param_persistence_threshold"] = size.smallest_weight - 1
+    if case.reduce_bucket_size:
+        section["reduce_bucket_size"] = case.reduce_bucket_size
     return config
 
 
@@ -254,14 +254,22 @@ def row(case: Case, own: argparse.Namespace, world: World) -> dict[str, Any]:
 
 
 def shown(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
-    """Lines of a table, in GiB."""
-    yield f"{'':<50}{'predicted':>10}{'measured':>10}{'':>8}"
+    """Lines of a table, in MiB."""
+    width = max(len(found["case"]) for found in rows)
+    yield f"{'MiB':<{width}}{'predicted':>11}{'measured':>11}"
     for found in rows:
         predicted, measured = found.get("predicted", {}).get("run"), found["measured"].get("run")
-        cells = [f"{n / GIB:.3f}" if n else "-" for n in (predicted, measured)]
+        cells = [f"{n / 2**20:,.1f}" if n else "-" for n in (predicted, measured)]
         both = f"{predicted / measured - 1:+.1%}" if predicted and measured else ""
-        full = "" if measured else "out of memory"
-        yield f"{found['case']:<50}{cells[0]:>10}{cells[1]:>10}{both:>8}{full}"
+        full = "" if measured else "  out of memory"
+        yield f"{found['case']:<{width}}{cells[0]:>11}{cells[1]:>11}{both:>8}{full}"
+
+
+def alone(command: Sequence[str]) -> dict[str, Any]:
+    """The row that a process of its own measures, so that no memory of another is left."""
+    run = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    found: dict[str, Any] = json.loads(run.stdout.splitlines()[-1])
+    return found
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -275,13 +283,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", type=int, help="the row of this number, without the table")
     parser.add_argument("--out", type=Path, help="append the JSON lines here")
     own = parser.parse_args(argv)
-    cases = [Case(**fields) for fields in json.loads(own.cases)] if own.cases else sweep()
+    cases = (
+        [Case(**fields) for fields in json.loads(own.cases)]
+        if own.cases
+        else sweep(own.size, own.device == "cuda")
+    )
     if own.device == "cuda" and own.only is None:
-        # Each row in a process of its own, so that no memory of another is left.
         again = [sys.executable, "-m", "benchmarks.memory", *(argv or sys.argv[1:]), "--only"]
-        runs = (subprocess.run([*again, str(n)], capture_output=True) for n in range(len(cases)))
-        rows = [json.loads(run.stdout.splitlines()[-1]) for run in runs]
+        rows = [alone([*again, str(number)]) for number in range(len(cases))]
     else:
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
         if own.device == "cuda" and own.cap:
             total = torch.cuda.get_device_properties(0).total_memory
             torch.cuda.set_per_process_memory_fraction(min(1.0, own.cap * USABLE * GIB / total))

@@ -148,3 +148,21 @@ def held(engine: MadeUp) -> dict[str, int]:
     for state in engine.adam.state.values():
         held["Adam moments"] += state["exp_avg"].nbytes + state["exp_avg_sq"].nbytes
     return held
+
+
+def peer(
+    config: dict[str, Any], rank: int, device: torch.device, dtype: torch.dtype
+) -> tuple[Any, torch.optim.AdamW]:
+    """transformers' Llama with PEFT's LoRA and each block checkpointed, and its optimizer."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    llama = LlamaConfig(**{key: value for key, value in config.items() if key != "model_type"})
+    with torch.device(device):
+        model = LlamaForCausalLM._from_config(llama, dtype=dtype)
+    lora = LoraConfig(r=rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = get_peft_model(model, lora)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.enable_input_require_grads()
+    model.train()
+    return model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)

@@ -32,7 +32,7 @@ BASE |= {"accumulation": 2, "tile_tokens": 256, "loss_tokens": 128}
 CASES: dict[int, list[dict[str, Any]]] = {
     1: [
         {"deepspeed": "zero0"},
-        {"deepspeed": "zero0", "tile_tokens": 512, "gather_tokens": 512},
+        {"deepspeed": "zero0", "tile_tokens": 512, "gather_tokens": 512, "lora_rank": 32},
         {"deepspeed": "zero0", "recompute": False},
         {"deepspeed": "zero0", "lora_dropout": 0.1, "lora_rank": 32},
         {"deepspeed": "zero0", "cutoff_len": 1024, "batch": 1, "gather_tokens": 1024},
@@ -44,6 +44,7 @@ CASES: dict[int, list[dict[str, Any]]] = {
         {"deepspeed": "zero3", "tied": True, "gather_tokens": 512},
         {"deepspeed": "zero3", "recompute": False, "lora_target": ["q_proj", "v_proj"]},
         {"deepspeed": "zero2", "gather_tokens": 512},
+        {"deepspeed": "zero2", "tile_tokens": 1024, "reduce_bucket_size": 10**6},
         {"deepspeed": "zero2", "bf16": True, "loss_tokens": 512},
         {"deepspeed": "zero3", "offload_activations": True},
     ],
@@ -89,15 +90,9 @@ def test_the_plan_counts_what_the_allocator_counts(
 ) -> None:
     row, case = counted[ranks][index], CASES[ranks][index]
     predicted, measured = row["predicted"], row["measured"]
-    # On a CPU inputs that are offloaded, of 4 blocks, are still counted.
-    away = 4 * 1024 * 256 * 4 if "offload_activations" in case else 0
-    for phase in (
-        ("forward", "loss") if away or "bf16" in case else ("forward", "loss", "recompute")
-    ):
-        if phase == "loss" or "bf16" not in case:
-            expected = pytest.approx(measured[phase], rel=0.02)
-            assert predicted[phase] + away == expected, (phase, row)
-    assert away or predicted["run"] == pytest.approx(measured["run"], rel=0.02), row
+    assert predicted["run"] == pytest.approx(measured["run"], rel=0.02), row
+    for phase in ("forward", "loss", "recompute") if "bf16" not in case else ("loss",):
+        assert predicted[phase] == pytest.approx(measured[phase], rel=0.02), (phase, row)
     for kept in ("weights", "LoRA", "Adam moments"):
         assert predicted[kept] == pytest.approx(measured[kept], rel=0.005), (kept, row)
     if "packing" not in case:  # how many spans packed rows make depends on the rows
@@ -146,7 +141,9 @@ def plan(capsys: pytest.CaptureFixture[str]) -> Plan:
 def test_the_articles_job_fits_seven_cards_and_not_small_ones(plan: Plan) -> None:
     code, output = plan(*ARTICLE, "--gpu_memory", "24")
     assert code == 0
-    assert "fits: +" in output and output.count("*") == 2  # the legend and the recommendation
+    assert (
+        "23.64 GiB can be used" in output and "fits: +" in output and output.count("*") == 2
+    )  # the legend and the recommendation
     (recommended,) = [line for line in output.splitlines() if re.search(r"\d\*", line)]
     assert recommended.startswith("zero2") and "0.0 GB" in recommended
     code, output = plan(*ARTICLE, "--gpu_memory", "6")
