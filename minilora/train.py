@@ -84,7 +84,7 @@ def run(settings: Settings) -> None:
         raise
     except RuntimeError as error:  # a collective's, if a rank is lost: then there is no return
         if not is_out_of_memory(error):
-            world.watch.settle()
+            world.watch.settle(error)
         raise
     finally:
         world.watch.over.set()

@@ -48,7 +48,7 @@ def stopping_at_once() -> Iterator[None]:
     def stop(number: int, frame: FrameType | None) -> NoReturn:
         for other in SIGNALS:
             signal.signal(other, signal.SIG_IGN)
-        raise Stopped(number, f"{signal.Signals(number).name}: stopped, in no step")
+        raise Stopped(number, f"{signal.Signals(number).name}: stopped outside the steps")
 
     before = [signal.signal(number, stop) for number in SIGNALS]
     try:

@@ -9,7 +9,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from minilora.config import TrainSettings
+import torch.distributed as dist
+
+from minilora.config import RunError, TrainSettings
 from minilora.files.snapshot import is_claimed, last_snapshot
 from minilora.run.stop import SIGNALS
 
@@ -45,8 +47,11 @@ class Watch:
         fates = {rank: _fate(pid) for rank, pid in self._pids.items()}
         return {rank: f"rank {rank} {fate}" for rank, fate in fates.items() if fate}
 
-    def settle(self) -> None:
-        """After an error of a collective: return only if no rank of this machine is lost."""
+    def settle(self, error: RuntimeError) -> None:
+        """After an error that may be a collective's: return if it is none and no rank is lost.
+
+        Raises RunError if the ranks lost touch though all of this machine run.
+        """
         for number in SIGNALS:  # the launcher's answer to the loss; but the last words come first
             signal.signal(number, signal.SIG_IGN)
         patience = time.monotonic() + GRACE_SECONDS
@@ -54,6 +59,10 @@ class Watch:
             time.sleep(0.1)
         if self.lost():
             self._thread.join()
+        if isinstance(error, dist.DistError) or "gloo" in str(error):
+            reason = str(error).partition("\n")[0].rpartition("] ")[2]
+            last = last_snapshot(self._output)
+            raise RunError(f"the ranks lost touch: {reason}; {last}") from None
 
     def _look(self) -> None:
         since: dict[str, float] = {}
