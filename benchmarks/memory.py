@@ -272,8 +272,7 @@ def alone(command: Sequence[str]) -> dict[str, Any]:
     return found
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command."""
+def read(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser("python -m benchmarks.memory", description=__doc__)
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--size", default="8b", choices=tuple(SIZES))
@@ -282,7 +281,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--cases", help="a JSON list of changes to the job, instead of the sweep")
     parser.add_argument("--only", type=int, help="the row of this number, without the table")
     parser.add_argument("--out", type=Path, help="append the JSON lines here")
-    own = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command."""
+    own = read(argv)
     cases = (
         [Case(**fields) for fields in json.loads(own.cases)]
         if own.cases

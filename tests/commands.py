@@ -98,6 +98,8 @@ def parse_module(module: str, words: list[str]) -> None:
             assert importlib.import_module(module).main(words) != 2, words
         case "generate" | "merge":
             parser_of(module).parse_args(words)
+        case "benchmarks.speed" | "benchmarks.memory":
+            importlib.import_module(module).read(words)
         case _:
             pytest.fail(f"nothing is known about: python -m {module}")
 
