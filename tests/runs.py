@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from minilora.files.adapter import WEIGHTS, write_adapter
-from minilora.files.weights import read_config
+from minilora.files.weights import read_checkpoint, read_config
 from minilora.model.lora import LoraShape
 
 JOBS = Path(__file__).with_name("jobs.py")
@@ -88,6 +88,26 @@ def costs(job: dict[str, Any]) -> list[dict[str, Any]]:
     text = (Path(job["output_dir"]) / "costs.json").read_text(encoding="utf-8")
     found: list[dict[str, Any]] = json.loads(text)
     return found
+
+
+def base_weights(model: Path) -> dict[str, Tensor]:
+    weights: dict[str, Tensor] = {}
+    for file in sorted(model.glob("*.safetensors")):
+        weights |= load_file(file)
+    return weights
+
+
+def check_loading(job: dict[str, Any], ranks: int) -> None:
+    """Gathered weights are the files' to the bit; no rank read more than its share + 1 %."""
+    model = Path(job["model_name_or_path"])
+    held, written = load_file(Path(job["output_dir"]) / "whole"), base_weights(model)
+    assert held.keys() == written.keys()
+    for name, tensor in written.items():
+        assert torch.equal(held[name], tensor.to(held[name].dtype)), name
+    total = read_checkpoint(model).total_bytes
+    for cost in costs(job):
+        assert 0 < cost["bytes_read"] <= 1.01 * total / ranks
+    assert sum(cost["bytes_read"] for cost in costs(job)) == total
 
 
 def stage_file(folder: Path, stage: int) -> Path:

@@ -10,9 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from runs import Ground, adapter, costs, log, run_jobs, stage_file
+from runs import Ground, adapter, check_loading, costs, log, run_jobs, stage_file
 from safetensors.torch import load_file
-from torch import Tensor
 
 from minilora.files.weights import read_checkpoint
 
@@ -95,26 +94,6 @@ def seven_ranks(ground: Ground, launch: Callable[..., tuple[int, str]]) -> Jobs:
     jobs = {"ragged": ground.job("seven", "tiny", **changes)}
     run_jobs(launch, 7, list(jobs.values()))
     return jobs
-
-
-def base_weights(model: Path) -> dict[str, Tensor]:
-    weights: dict[str, Tensor] = {}
-    for file in sorted(model.glob("*.safetensors")):
-        weights |= load_file(file)
-    return weights
-
-
-def check_loading(job: dict[str, Any], ranks: int) -> None:
-    """Gathered weights are the files' to the bit; no rank read more than its share + 1 %."""
-    model = Path(job["model_name_or_path"])
-    held, written = load_file(Path(job["output_dir"]) / "whole"), base_weights(model)
-    assert held.keys() == written.keys()
-    for name, tensor in written.items():
-        assert torch.equal(held[name], tensor.to(held[name].dtype)), name
-    total = read_checkpoint(model).total_bytes
-    for cost in costs(job):
-        assert 0 < cost["bytes_read"] <= 1.01 * total / ranks
-    assert sum(cost["bytes_read"] for cost in costs(job)) == total
 
 
 def test_two_ranks_load_their_halves_bit_for_bit(two_ranks: Jobs) -> None:

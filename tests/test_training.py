@@ -11,7 +11,20 @@ from typing import Any
 import pytest
 import torch
 from oracle import base_model, copy_lora, document_loss_sum, ours_to_peft, with_lora
-from runs import ALPHA, CUTOFF, DECAY, RANK, RATE, STEPS, Ground, adapter, log, run_jobs, stage_file
+from runs import (
+    ALPHA,
+    CUTOFF,
+    DECAY,
+    RANK,
+    RATE,
+    STEPS,
+    Ground,
+    adapter,
+    check_loading,
+    log,
+    run_jobs,
+    stage_file,
+)
 from torch import Tensor
 from transformers import get_cosine_schedule_with_warmup
 
@@ -99,6 +112,7 @@ def parity_jobs(ground: Ground, launch: Callable[..., tuple[int, str]]) -> dict[
             per_device_train_batch_size=batch,
             gradient_accumulation_steps=accumulation,
             deepspeed=str(stage_file(ground.folder, stage)),
+            keep_weights=(ranks, stage, packing) == (3, 3, False),
         )
     for ranks in (1, 2, 3):
         run_jobs(launch, ranks, [job for key, job in jobs.items() if key[0][0] == ranks])
@@ -123,3 +137,8 @@ def test_training_equals_peft(
     for name, tensor in oracle.adapter.items():
         mine = found[f"base_model.model.{name}.weight"]
         torch.testing.assert_close(mine, tensor, rtol=1e-3, atol=1e-3 * float(tensor.abs().max()))
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_three_ranks_load_their_thirds_bit_for_bit(parity_jobs: dict[Any, Any], model: str) -> None:
+    check_loading(parity_jobs[(3, 2, 2, 3), model, False], 3)
