@@ -218,10 +218,11 @@ def test_the_sums_are_right(path: Path) -> None:
 def test_figures_are_those_of_the_tests_and_settings(path: Path) -> None:
     text, demo = text_of(path), text_of(ROOT / "examples" / "demo" / "demo.yaml")
     sources = {
-        name: text_of(ROOT / "tests" / f"test_{name}.py") for name in ("distributed", "resume")
+        name: text_of(ROOT / "tests" / f"{name}.py")
+        for name in ("runs", "test_distributed", "test_resume")
     }
-    assert " 1.9 " in text and "ratio <= 1.9 " in sources["distributed"]
-    assert "1/N + 1 %" in text and "<= 1.01 * total / ranks" in sources["distributed"]
+    assert " 1.9 " in text and "ratio <= 1.9 " in sources["test_distributed"]
+    assert "1/N + 1 %" in text and "<= 1.01 * total / ranks" in sources["runs"]
     assert "| 60/60 [" in text and "max_steps: 60\n" in demo
     assert "1,024" in text and "`logging_steps`" in text
     defaults = {item.name: item.default for _, item in all_settings()}
@@ -230,8 +231,8 @@ def test_figures_are_those_of_the_tests_and_settings(path: Path) -> None:
     (told,) = re.findall(r"(\d,\d00)[^\n]* Python", text)
     assert int(told.replace(",", "")) == pytest.approx(package, rel=0.1)
     reliability = text_of(ROOT / "docs" / "reliability.md")
-    assert "agree to 1e-5" in reliability and "rel=1e-5)\n" in sources["resume"]
-    assert "MINILORA_KILLS=20" in reliability and '"MINILORA_KILLS"' in sources["resume"]
+    assert "agree to 1e-5" in reliability and "rel=1e-5)\n" in sources["test_resume"]
+    assert "MINILORA_KILLS=20" in reliability and '"MINILORA_KILLS"' in sources["test_resume"]
 
 
 @pytest.mark.parametrize("path", READMES, ids=lambda path: path.name)

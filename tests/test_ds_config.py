@@ -101,6 +101,23 @@ def test_what_contradicts_the_run_is_refused(
     assert all(word in str(refused.value) for word in [*words, "ds.json"])
 
 
+def test_report_to_switches_deepspeeds_monitors_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train = TrainSettings(output_dir="out", report_to=("tensorboard", "wandb"))
+    own = {"wandb": {"project": "mine", "team": "ours"}}
+    with pytest.raises(RequestError, match="pip install tensorboard\n.*pip install wandb"):
+        resolve(tmp_path, own, train)
+    for package in ("tensorboard", "wandb"):
+        (tmp_path / "site" / package).mkdir(parents=True)
+        (tmp_path / "site" / package / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    config = resolve(tmp_path, own, train)
+    assert config["tensorboard"] == {"enabled": True, "output_path": "out", "job_name": "runs"}
+    assert config["wandb"] == {"enabled": True, "project": "mine", "team": "ours"}
+    assert "comet" not in config and "wandb" not in resolve(tmp_path, {}, TRAIN)
+
+
 def test_everything_wrong_is_said_at_once(tmp_path: Path) -> None:
     with pytest.raises(RequestError) as refused:
         resolve(tmp_path, {**LLAMA_FACTORY, "scheduler": {}, "gradient_clipping": 9})

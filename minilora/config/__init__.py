@@ -140,6 +140,9 @@ class TrainSettings:
     eval_steps: int | None = setting(
         None, "Steps per validation with eval_strategy steps; default logging_steps.", at_least=1
     )
+    report_to: tuple[str, ...] = setting(
+        ("none",), "Send the figures there too; the program's package must be installed.",
+        choices=("none", "tensorboard", "wandb", "comet_ml"))
     plot_loss: bool = setting(True, "Draw training_loss.png (on is ours; needs matplotlib).")
     deepspeed: str | None = setting(
         None, "DeepSpeed's JSON file. Default: the zero3.json that comes with minilora.")

@@ -99,8 +99,9 @@ def value_problems(item: "Field[Any]", value: Any, name: str) -> list[str]:
     if kind is str and (not value or "\0" in value):
         return [f"{name}: {value!r} is no usable text; leave the key out for its default"]
     choices = item.metadata["choices"]
-    if choices and value not in choices:
-        return [f"{name}: {value!r} is not one of {', '.join(choices)}"]
+    wrong = [part for part in (value if kind is tuple else [value]) if part not in choices]
+    if choices and wrong:
+        return [f"{name}: {wrong[0]!r} is not one of {', '.join(choices)}"]
     return [
         f"{name}: {value} must be {limit.replace('_', ' ')} {bound}"
         for limit, bound in item.metadata["limits"].items()

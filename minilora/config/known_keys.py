@@ -57,7 +57,6 @@ REFUSED: Mapping[str, tuple[str, str]] = {
         ("pure_bf16", OFF, "use bf16: true; the frozen weights are then bf16 already"),
         ("push_to_hub", OFF, "upload output_dir yourself after the training"),
         ("quantization_bit", OFF, "remove it; the frozen weights stay bf16, split over the GPUs"),
-        ("report_to", OFF, "set it to none; trainer_log.jsonl holds every number"),
         ("rope_scaling", OFF, "set it in the config.json of the base model"),
         ("save_safetensors", ON, "remove it; only safetensors files are written"),
         ("shift_attn", OFF, "remove it; attention is always full within a document"),

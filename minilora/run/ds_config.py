@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib import resources
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,12 @@ KNOWN = frozenset(
     zero_optimization
     """.split()
 )
+# Programs of `report_to`: DeepSpeed's section for each, and the package it needs.
+MONITORS = {
+    "tensorboard": ("tensorboard", "tensorboard"),
+    "wandb": ("wandb", "wandb"),
+    "comet_ml": ("comet", "comet_ml"),
+}
 
 
 @dataclass(frozen=True)
@@ -76,6 +83,7 @@ def resolve_ds_config(path: Path, train: TrainSettings, facts: Facts) -> dict[st
     kind = (config.pop("optimizer", None) or {}).get("type", "AdamW")
     if kind not in ("AdamW", "Adam"):
         problems.append(f"optimizer.type is {kind}: minilora trains with AdamW; remove the section")
+    _add_monitors(config, train, problems)
     problems += [f'{keys}: "auto" is not known here; give a value' for keys in _autos(config)]
     if problems:
         raise RequestError([f"{path}: {problem}" for problem in problems])
@@ -111,6 +119,20 @@ def _form_problems(config: Mapping[str, Any]) -> list[str]:
     if type(stage) is not int or stage not in range(4):
         problems.append(f"zero_optimization.stage is {json.dumps(stage)}; say 0, 1, 2 or 3")
     return sorted(problems)
+
+
+def _add_monitors(config: dict[str, Any], train: TrainSettings, problems: list[str]) -> None:
+    """Switch on DeepSpeed's monitors that `report_to` names; their sections may say more."""
+    usual: dict[str, dict[str, Any]] = {
+        "tensorboard": {"output_path": train.output_dir, "job_name": "runs"},
+        "wandb": {"project": "minilora"},
+    }
+    for name, (section, package) in MONITORS.items():
+        given = config.get(section, {})
+        if name in train.report_to and isinstance(given, dict):
+            config[section] = given = {**usual.get(name, {}), **given, "enabled": True}
+        if isinstance(given, dict) and given.get("enabled") and find_spec(package) is None:
+            problems.append(f"report_to {name} needs a package: pip install {package}")
 
 
 def zero_stage(config: Mapping[str, Any]) -> int:
