@@ -1,7 +1,6 @@
 """Whatever lies in a file: it is read, or refused with RequestError, never anything else.
 
-MINILORA_EXAMPLES says how many files each test makes; the documentation's figures are from
-two minutes of each.
+MINILORA_EXAMPLES says how many files each test makes.
 """
 
 from __future__ import annotations

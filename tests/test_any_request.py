@@ -1,6 +1,10 @@
-"""Whatever is asked: either sound settings or a RequestError, never anything else."""
+"""Whatever is asked: either sound settings or a RequestError, never anything else.
+
+MINILORA_EXAMPLES says how many requests each test makes.
+"""
 
 import json
+import os
 from typing import Any
 
 import pytest
@@ -13,6 +17,10 @@ from minilora.config.known_keys import NOT_YET, REFUSED
 
 NEEDED = "model_name_or_path: base\ndataset: rows.json\noutput_dir: out\n"
 
+any_request = settings(
+    deadline=None,  # a busy machine is no failure
+    max_examples=int(os.environ.get("MINILORA_EXAMPLES", "100")),
+)
 words = st.one_of(
     st.sampled_from([item.name for _, item in all_settings()] + list(NOT_YET) + list(REFUSED)),
     st.text(max_size=12),
@@ -40,7 +48,7 @@ def accepted_or_refused(argv: list[str]) -> None:
         assert found.data.dataset
 
 
-@settings(deadline=None)  # a busy machine is no failure
+@any_request
 @given(st.dictionaries(words, values, max_size=6))
 def test_any_json(tmp_path_factory: pytest.TempPathFactory, content: dict[str, Any]) -> None:
     path = tmp_path_factory.getbasetemp() / "any.json"
@@ -49,7 +57,7 @@ def test_any_json(tmp_path_factory: pytest.TempPathFactory, content: dict[str, A
     accepted_or_refused([str(path)])
 
 
-@settings(deadline=None)
+@any_request
 @given(
     st.lists(st.one_of(st.tuples(words, st.text(max_size=12)), st.text(max_size=30)), max_size=5)
 )
@@ -62,7 +70,7 @@ def test_any_yaml(
     accepted_or_refused([str(path)])
 
 
-@settings(deadline=None)
+@any_request
 @given(st.binary(max_size=60))
 def test_any_bytes(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
     path = tmp_path_factory.getbasetemp() / "bytes.yaml"
@@ -70,7 +78,7 @@ def test_any_bytes(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> 
     accepted_or_refused([str(path)])
 
 
-@settings(deadline=None)
+@any_request
 @given(st.lists(st.one_of(words.map("--{}".format), words, st.text(max_size=12)), max_size=6))
 def test_any_command_line(argv: list[str]) -> None:
     accepted_or_refused(argv)
