@@ -14,7 +14,7 @@ from torch import Tensor
 
 from minilora.files.adapter import WEIGHTS, write_adapter
 from minilora.files.weights import read_config
-from minilora.model.lora import LoraShape
+from minilora.model.lora_shape import LoraShape
 
 JOBS = Path(__file__).with_name("jobs.py")
 STEPS = 8

@@ -21,7 +21,7 @@ from minilora.data.prepare import prepare
 from minilora.data.schedule import Schedule
 from minilora.files.adapter import read_adapter
 from minilora.files.weights import read_config
-from minilora.model.lora import LoraShape
+from minilora.model.lora_shape import LoraShape
 
 GLOBAL_ROWS = 12
 # (ranks, per device batch, accumulation, ZeRO stage), all of 12 rows per optimizer step.
