@@ -195,7 +195,8 @@ def test_everything_is_reported_at_once(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     found = problems_of(
         tmp_path,
-        "lora_rank: 0\nlora_rnak: 8\ncompute_accuracy: true\nlora_rank: 0\nquantization_bit: 4\nbf16: x\n",
+        "lora_rank: 0\nlora_rnak: 8\ncompute_accuracy: true\nlora_rank: 0\n"
+        "quantization_bit: 4\nbf16: x\n",
         *("--learning_rate", "0", "stray", "--seed"),
     )
     expected = [

@@ -175,7 +175,7 @@ ADAPTER: dict[str, tuple[Break, list[str]]] = {
     "contradicts DoRA": (both(adapter(), ask(use_dora=True)), ["True contradicts the False of"]),
     "idle pattern": (ask(rank_pattern='{"k_proj": 4}', lora_target="q_proj"),
                      ["rank_pattern: 'k_proj' matches the end of no path of lora_target"]),
-    "no expression": (ask(lora_target="*_proj"), ["lora_target: '*_proj' is no regular expression"]),
+    "no expression": (ask(lora_target="*_proj"), ["lora_target: '*_proj' is no regular"]),
     "everything": (ask(lora_target=".*"), ["matches embed_tokens, lm_head; those get no LoRA"]),
     "norms": (ask(additional_target="norm"), ["additional_target: norm cannot be trained whole"]),
     "contradicts the rank": (both(adapter(), ask(lora_rank=16)),
