@@ -29,7 +29,7 @@ from minilora.config import DataSettings, MethodSettings, ModelSettings, Setting
 from minilora.data.batches import Documents, Place, Step, TileLimits, build_step
 from minilora.data.schedule import Schedule
 from minilora.files.weights import Checkpoint
-from minilora.model.lora import LoraShape, resolve_targets
+from minilora.model.lora_shape import LoraShape
 from minilora.model.shape import LlamaShape
 from minilora.plan import USABLE, setup_of
 from minilora.run.budget import GIB, budget
@@ -133,10 +133,9 @@ def measure(case: Case, size: Size, world: World) -> dict[str, Any]:
 
 def _engine(case: Case, size: Size, world: World) -> MadeUp:
     settings, shape = case.settings(), _shape(case, size)
-    targets = resolve_targets(case.lora_target, list(shape.linear_shapes()))
     plan = Plan(
         checkpoint=Checkpoint(Path("made up"), {}, shape, {}),
-        lora=LoraShape(case.lora_rank, 16, case.lora_dropout, targets),
+        lora=LoraShape.of(settings.method, shape),
         adapter={},
         train=settings.train,
         ds_config=_ds_config(case, size, world.size),

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from minilora.model.lora import LoraShape
+from minilora.model.lora_shape import LoraShape
 from minilora.model.shape import LlamaShape
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

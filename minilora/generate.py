@@ -189,7 +189,7 @@ def load(checkpoint: Checkpoint, adapter: Path | None) -> Llama:
         with torch.device(device):
             model = Llama(checkpoint.shape, recompute=False)
             if lora:
-                inject(model, lora, seed=0)
+                inject(model, lora, seed=0, dtype=dtype)
     finally:
         torch.set_default_dtype(default)
     trained = dict(lora_parameters(model))

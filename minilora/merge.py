@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from minilora.config import RequestError, RunError
-from minilora.files.export import Pair, export_adapter, export_merged, read_updates
+from minilora.files.export import Update, clashes, export_adapter, export_merged, read_updates
 from minilora.files.weights import read_checkpoint
 
 
@@ -34,14 +34,14 @@ def run(args: argparse.Namespace) -> None:
     adapters = [Path(name) for name in args.adapter_name_or_path.split(",")]
     problems = _folder_problems(args.export_dir)
     weights = _weights(args.adapter_weights, len(adapters), problems)
-    updates: dict[str, list[Pair]] = {}
+    updates: dict[str, list[Update]] = {}
     for adapter, weight in zip(adapters, weights, strict=True):
         try:
-            for layer, pair in read_updates(adapter, weight, checkpoint.shape).items():
-                updates.setdefault(layer, []).append(pair)
+            for layer, update in read_updates(adapter, weight, checkpoint.shape).items():
+                updates.setdefault(layer, []).append(update)
         except RequestError as error:
             problems += error.problems
-    if problems:
+    if problems := problems or clashes(updates):
         raise RequestError(problems)
     if args.adapter_only:
         lora = export_adapter(checkpoint, updates, args.export_dir)

@@ -15,6 +15,7 @@ from pathlib import Path
 from minilora.arguments import read_settings
 from minilora.config import RequestError, Settings
 from minilora.config.reading import read_json
+from minilora.model.lora_shape import LoraShape
 from minilora.model.shape import LlamaShape
 from minilora.run.budget import GIB, Budget, budget
 from minilora.run.ds_config import SHIPPED, Facts, find_ds_config, resolve_ds_config
@@ -87,22 +88,15 @@ def _run(own: argparse.Namespace, settings: Settings) -> int:
 def setup_of(settings: Settings, shape: LlamaShape, zero: Zero, ranks: int) -> Setup:
     """What the settings mean for one rank at worst: every document cutoff_len tokens long.
 
-    Raises RequestError for a lora_target that names no layer.
+    Raises RequestError for an adapter that does not fit the model.
     """
-    train, method, layers = settings.train, settings.method, tuple(shape.linear_shapes())
-    unknown = [name for name in method.lora_target if name not in (*layers, "all")]
-    if unknown:
-        known = f"known: {', '.join(layers)}"
-        raise RequestError([f"lora_target: no layer is called {n}; {known}" for n in unknown])
-    every, longest = "all" in method.lora_target, settings.data.cutoff_len
+    train, longest = settings.train, settings.data.cutoff_len
     documents = train.per_device_train_batch_size * train.gradient_accumulation_steps
     return Setup(
         shape=shape,
         zero=zero,
         ranks=ranks,
-        lora_rank=method.lora_rank,
-        targets=tuple(name for name in layers if every or name in method.lora_target),
-        dropout=method.lora_dropout > 0,
+        adapter=LoraShape.of(settings.method, shape),
         bf16=train.bf16 is not False,
         recompute=not settings.model.disable_gradient_checkpointing,
         tile_tokens=train.tile_tokens,

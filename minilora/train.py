@@ -28,7 +28,7 @@ from minilora.data.tokenizer import load_tokenizer
 from minilora.files.adapter import CONFIG, read_adapter, read_adapter_shape
 from minilora.files.snapshot import check_room, claimed, find_snapshot, last_snapshot
 from minilora.files.weights import read_checkpoint, read_config
-from minilora.model.lora import LoraShape, resolve_targets
+from minilora.model.lora_shape import LoraShape
 from minilora.model.shape import LlamaShape
 from minilora.run.ds_config import Facts, find_ds_config, resolve_ds_config
 from minilora.run.engine import Engine, Plan
@@ -178,22 +178,23 @@ def _data_problems(settings: Settings, tokenizer: bool) -> list[str]:
 def _adapter(settings: Settings, shape: LlamaShape) -> tuple[LoraShape, Mapping[str, Tensor]]:
     """The shape of the adapter, and what it starts from if it continues another."""
     method, folder = settings.method, settings.model.adapter_name_or_path
+    asked = LoraShape.of(method, shape)
     if folder is None:
-        targets = resolve_targets(method.lora_target, list(shape.linear_shapes()))
-        return LoraShape(method.lora_rank, method.alpha, method.lora_dropout, targets), {}
+        return asked, {}
     lora = read_adapter_shape(Path(folder), shape, method.lora_dropout)
     problems = [
-        f"{settings.name_of(key)}: {asked} contradicts the {has} of {folder}; remove the key"
-        for key, asked, has in (
-            ("lora_rank", method.lora_rank, lora.rank),
-            ("lora_alpha", method.alpha, lora.alpha),
-            (
-                "lora_target",
-                resolve_targets(method.lora_target, [*shape.linear_shapes()]),
-                lora.targets,
-            ),
+        f"{settings.name_of(key)}: {mine} contradicts the {has} of {folder}; remove the key"
+        for key, mine, has in (
+            ("lora_rank", asked.rank, lora.rank),
+            ("lora_alpha", asked.alpha, lora.alpha),
+            ("lora_target", [*asked.layers(shape)], [*lora.layers(shape)]),
+            ("use_rslora", asked.use_rslora, lora.use_rslora),
+            ("use_dora", asked.use_dora, lora.use_dora),
+            ("rank_pattern", asked.rank_pattern, lora.rank_pattern),
+            ("alpha_pattern", asked.alpha_pattern, lora.alpha_pattern),
+            ("additional_target", {*asked.modules_to_save}, {*lora.modules_to_save}),
         )
-        if key in settings.origins and asked != has
+        if key in settings.origins and mine != has
     ]
     if problems:
         raise RequestError(problems)
@@ -247,7 +248,7 @@ def _facts(world: World, engine: Engine, plan: Plan, schedule: Schedule) -> Iter
         f"read {engine.bytes_read / 1e9:.4g} of {total / 1e9:.4g} GB"
     )
     yield (
-        f"LoRA rank {plan.lora.rank} on {', '.join(plan.lora.targets)}: {trained:,} parameters; "
+        f"{plan.lora}: {trained:,} parameters; "
         f"{schedule.total_steps} optimizer steps of {schedule.rows_per_step} rows"
     )
 

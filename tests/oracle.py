@@ -20,16 +20,22 @@ def base_model(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
 
 
-def with_lora(model: Any, rank: int, alpha: float, targets: Sequence[str] = TARGETS) -> PeftModel:
-    """PEFT's LoRA over the model, dropout 0."""
+def with_lora(
+    model: Any, rank: int, alpha: float, targets: Sequence[str] | str = TARGETS, **more: Any
+) -> PeftModel:
+    """PEFT's LoRA over the model, dropout 0; more: of LoraConfig's."""
+    named = targets if isinstance(targets, str) else list(targets)
     config = LoraConfig(
-        r=rank, lora_alpha=alpha, target_modules=list(targets), task_type="CAUSAL_LM"
+        r=rank, lora_alpha=alpha, target_modules=named, task_type="CAUSAL_LM", **more
     )
     return get_peft_model(model, config)
 
 
 def ours_to_peft(name: str) -> str:
     """Our parameter name as PEFT names it in a live model."""
+    module, _, kind = name.rpartition(".")
+    if kind == "weight":  # trained whole
+        return f"base_model.model.{module}.modules_to_save.default.weight"
     return f"base_model.model.{name}.default.weight"
 
 

@@ -14,12 +14,24 @@ from torch import Tensor
 
 from minilora.files.adapter import WEIGHTS, write_adapter
 from minilora.files.weights import read_checkpoint, read_config
-from minilora.model.lora import LoraShape
+from minilora.model.lora_shape import LoraShape
+from minilora.model.shape import LlamaShape
 
 JOBS = Path(__file__).with_name("jobs.py")
 STEPS = 8
 RANK, ALPHA, RATE, DECAY = 4, 8, 2e-4, 0.1
 CUTOFF = 96
+# Start adapters beside the plain ones: fields of LoraShape.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "rslora": {"use_rslora": True},
+    "dora": {"use_dora": True},
+    "patterns": {
+        "targets": r"model\.layers\.(0\..*|1\.mlp\.\w+|1.*[qk])_proj",
+        "rank_pattern": {"q_proj": 2, "layers.1.mlp.up_proj": 6},
+        "alpha_pattern": {"k_proj": 3, r"layers\.0\..*down_proj": 20},
+    },
+    "whole": {"modules_to_save": ("embed_tokens", "lm_head")},
+}
 
 
 @dataclass(frozen=True)
@@ -130,13 +142,21 @@ def make_ground(folder: Path, models: dict[str, Path]) -> Ground:
     write_rows(folder / "rows.jsonl", 75)
     adapters = {}
     generator = torch.Generator().manual_seed(9)
-    for name, model in models.items():
-        _, shape = read_config(model)
-        lora = LoraShape(RANK, ALPHA, 0.0, tuple(shape.linear_shapes()))
+    plain = [(name, name, {}) for name in models]
+    family = [(name, "tiny", fields) for name, fields in VARIANTS.items() if "tiny" in models]
+    for name, model, fields in (*plain, *family):
+        _, shape = read_config(models[model])
+        lora = variant_shape(shape, fields)
         tensors = {
-            parameter: torch.randn(size, generator=generator) * 0.1
+            parameter: torch.randn(size, generator=generator) * 0.1 + (len(size) == 1)
             for parameter, size in lora.parameter_shapes(shape).items()
         }
         adapters[name] = folder / f"start-{name}"
-        write_adapter(adapters[name], tensors, lora, model)
+        write_adapter(adapters[name], tensors, lora, models[model])
     return Ground(models, adapters, folder / "rows.jsonl", folder)
+
+
+def variant_shape(shape: LlamaShape, fields: dict[str, Any]) -> LoraShape:
+    """The adapter of the runs, and what a variant changes of it."""
+    usual = {"rank": RANK, "alpha": ALPHA, "dropout": 0.0, "targets": tuple(shape.linear_shapes())}
+    return LoraShape(**{**usual, **fields})

@@ -24,7 +24,8 @@ from minilora.files.adapter import (
 )
 from minilora.files.weights import Piece, read_checkpoint, read_pieces
 from minilora.model.llama import Llama
-from minilora.model.lora import LoraShape, inject, lora_parameters
+from minilora.model.lora import inject, lora_parameters
+from minilora.model.lora_shape import LoraShape
 from minilora.model.tiles import document_tiles
 
 TARGETS = ("q_proj", "o_proj", "up_proj")
@@ -107,11 +108,16 @@ def test_reading_gives_back_what_was_written(
         ("r", 0, "r is 0"),
         ("r", "16", "r is '16'"),
         ("lora_alpha", None, "lora_alpha is None"),
-        ("use_dora", True, "use_dora = True cannot be continued"),
-        ("modules_to_save", ["lm_head"], "modules_to_save"),
-        ("rank_pattern", {"q_proj": 2}, "rank_pattern"),
+        ("lora_bias", True, "lora_bias = True is another method"),
+        ("bias", "all", "bias = 'all'"),
+        ("modules_to_save", ["norm"], "norm cannot be trained whole; embed_tokens, lm_head can"),
+        ("modules_to_save", "lm_head", "modules_to_save is 'lm_head'; a list is needed"),
+        ("rank_pattern", {"q_proj": 2.5}, "rank_pattern is {'q_proj': 2.5}; positive numbers"),
+        ("alpha_pattern", ["q_proj"], "alpha_pattern is ['q_proj']; positive numbers"),
+        ("alpha_pattern", {"(?i)q": 2}, "alpha_pattern: '(?i)q' is no regular expression"),
+        ("layers_to_transform", ["0"], "layers_to_transform is ['0']; a list is needed"),
         ("init_lora_weights", "pissa", "init_lora_weights = 'pissa' changes the base weights"),
-        ("target_modules", "all-linear", "target_modules is 'all-linear'"),
+        ("target_modules", "all-linear", "'all-linear' matches the whole path of no layer"),
         ("target_modules", ["wq"], "no layer is called wq"),
     ],
 )

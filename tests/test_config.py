@@ -54,6 +54,13 @@ WRONG_VALUES = {
     'lora_target: ""': "'' is not a list of names",
     "lora_target: {a: b}": "{'a': 'b'} is not a list of names",
     "lora_target: [q_proj, [v_proj]]": "is not a list of names",
+    "rank_pattern: [q_proj, 4]": "['q_proj', '4'] is not names with whole numbers",
+    "rank_pattern: q_proj": "'q_proj' is not names with whole numbers",
+    "rank_pattern: {q_proj: x}": "{'q_proj': 'x'} is not names with whole numbers",
+    "alpha_pattern: {q_proj: 0}": "{'q_proj': 0} is not names with whole numbers",
+    "alpha_pattern: {q_proj: {a: 1}}": "is not names with whole numbers",
+    "use_dora: 2": "'2' is not true or false",
+    "loraplus_lr_ratio: 0": "0.0 must be above 0",
     "lora_target: all,q_proj": "give all alone, or only names",
     "dataset: ','": "',' is not a list of names",
     "stage: dpo": "'dpo' is not one of sft, pt",
@@ -188,7 +195,8 @@ def test_everything_is_reported_at_once(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     found = problems_of(
         tmp_path,
-        "lora_rank: 0\nlora_rnak: 8\nuse_dora: true\nlora_rank: 0\nquantization_bit: 4\nbf16: x\n",
+        "lora_rank: 0\nlora_rnak: 8\ncompute_accuracy: true\nlora_rank: 0\n"
+        "quantization_bit: 4\nbf16: x\n",
         *("--learning_rate", "0", "stray", "--seed"),
     )
     expected = [
@@ -196,7 +204,7 @@ def test_everything_is_reported_at_once(tmp_path: Path) -> None:
         "--seed (command line): a value is missing: --seed VALUE",
         f"lora_rank ({path}:4) stands already at {path}:1",
         f"lora_rnak ({path}:2) is not a known key",
-        f"use_dora ({path}:3): 'true' asks for DoRA",
+        f"compute_accuracy ({path}:3): 'true' asks for accuracy",
         f"quantization_bit ({path}:5): '4' is not supported",
         f"bf16 ({path}:6): 'x' is not true or false",
         f"lora_rank ({path}:4): 0 must be at least 1",
@@ -277,5 +285,5 @@ def test_help_has_every_key_with_a_line() -> None:
         assert item.metadata["help"] in line
         for choice in item.metadata["choices"]:
             assert choice in line
-        assert kind_of(item)[0] in (bool, int, float, str, tuple)
+        assert kind_of(item)[0] in (bool, int, float, str, tuple, dict)
     assert any(line.startswith("  --learning_rate ") and line.endswith("[5e-05]") for line in text)

@@ -32,7 +32,7 @@ from minilora.config import all_settings
 from minilora.config.known_keys import IGNORED, IGNORED_PREFIXES, NOT_YET, REFUSED
 from minilora.data.prepare import prepare
 from minilora.files.weights import read_checkpoint
-from minilora.model.lora import LoraShape
+from minilora.model.lora_shape import LoraShape
 from minilora.model.shape import LlamaShape
 
 READMES = [ROOT / "README.md", ROOT / "README.zh-CN.md"]

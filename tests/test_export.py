@@ -66,13 +66,13 @@ def test_a_plain_adapter_is_exported_as_it_is(tiny: Path, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"use_dora": True}, "use_dora = True is not plain LoRA"),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save = ['lm_head'] is not plain LoRA"),
-        ({"bias": "all"}, "bias = 'all' is not plain LoRA"),
-        ({"init_lora_weights": "pissa"}, "init_lora_weights = 'pissa' is not plain LoRA"),
-        ({"peft_type": "LOHA"}, "peft_type = 'LOHA' is not plain LoRA"),
-        ({"r": 8}, "q_proj.lora_A.weight has shape [4, 32], not [8, 32]"),
-        ({"r": None}, "has r None and lora_alpha 8"),
+        ({"use_dora": True}, "lora_magnitude_vector is missing"),
+        ({"modules_to_save": ["lm_head"]}, "base_model.model.lm_head.weight is missing"),
+        ({"bias": "all"}, "bias = 'all': trained biases are not read"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights = 'pissa' changes the base weights"),
+        ({"peft_type": "LOHA"}, "peft_type is 'LOHA', not LORA"),
+        ({"r": 8}, "gate_proj.lora_A.weight has shape [4, 32], the model needs [8, 32]"),
+        ({"r": None}, "r is None; a whole number of at least 1 is needed"),
     ],
 )
 def test_other_adapters_are_refused(

@@ -31,7 +31,7 @@ from minilora.files.snapshot import (
     read_tensors,
 )
 from minilora.files.weights import INDEX, read_config
-from minilora.model.lora import LoraShape
+from minilora.model.lora_shape import LoraShape
 from minilora.run.engine import MOMENTS
 
 FAULTS = Path(__file__).with_name("faults.py")

@@ -13,7 +13,8 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from minilora.config import RequestError
 from minilora.model.llama import Llama
-from minilora.model.lora import LoraLinear, LoraShape, inject, lora_parameters, resolve_targets
+from minilora.model.lora import LoraLinear, inject, lora_parameters
+from minilora.model.lora_shape import LoraShape
 from minilora.model.rope import rotation
 from minilora.model.shape import LlamaShape
 from minilora.model.tiles import document_tiles
@@ -190,14 +191,6 @@ def test_lora_a_is_kaiming_uniform_and_depends_on_seed_and_name_alone() -> None:
     assert not torch.equal(a, first["model.layers.1.self_attn.q_proj.lora_A"])
     assert not torch.equal(a[:, :32], first["model.layers.0.self_attn.k_proj.lora_A"][:, :32])
     assert all(not tensor.any() for name, tensor in first.items() if name.endswith("lora_B"))
-
-
-def test_targets_are_named_in_the_models_order_and_strangers_refused() -> None:
-    known = list(TARGETS)
-    assert resolve_targets("all", known) == TARGETS
-    assert resolve_targets(("up_proj", "q_proj"), known) == ("q_proj", "up_proj")
-    with pytest.raises(RequestError, match="no layer is called qproj"):
-        resolve_targets(("qproj", "v_proj"), known)
 
 
 def test_only_targeted_layers_become_lora() -> None:

@@ -12,7 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from minilora.model.dropout import SeededDropout
 from minilora.model.llama import Llama
-from minilora.model.lora import LoraShape, inject, lora_parameters
+from minilora.model.lora import inject, lora_parameters
+from minilora.model.lora_shape import LoraShape
 from minilora.model.tiles import document_tiles
 
 LENGTHS = (7, 20, 5, 11, 3)

@@ -18,7 +18,7 @@ from minilora.config import RequestError
 from minilora.data.prepare import prepare
 from minilora.files.adapter import write_adapter
 from minilora.files.weights import INDEX, Piece, read_config, read_pieces
-from minilora.model.lora import LoraShape
+from minilora.model.lora_shape import LoraShape
 from minilora.train import check
 
 NORM = "model.norm.weight"

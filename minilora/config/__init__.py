@@ -59,7 +59,16 @@ class MethodSettings:
     lora_dropout: float = setting(
         0.0, "Share of the inputs of each LoRA pair dropped in training.", at_least=0, below=1)
     lora_target: tuple[str, ...] = setting(
-        ("all",), "Layers that get a LoRA pair: all, or names such as q_proj,v_proj.")
+        ("all",), "Layers that get a LoRA pair: all, names such as q_proj,v_proj, or one regular "
+        "expression for whole paths.", pattern=True)
+    use_rslora: bool = setting(False, "rsLoRA: scale the update by alpha / sqrt(rank).")
+    use_dora: bool = setting(False, "DoRA: learn the length of each weight row beside LoRA.")
+    rank_pattern: dict[str, int] | None = setting(
+        None, "Other ranks by path: {PATTERN: RANK, ...}, a pattern matching a path's end.")
+    alpha_pattern: dict[str, int] | None = setting(
+        None, "Other alphas by path, written like rank_pattern.")
+    additional_target: tuple[str, ...] | None = setting(
+        None, "Trained whole beside LoRA: lm_head, embed_tokens or both (PEFT: modules_to_save).")
 
     @property
     def alpha(self) -> int:
@@ -119,6 +128,8 @@ class TrainSettings:
     adam_beta1: float = setting(0.9, "AdamW beta1.", at_least=0, below=1)
     adam_beta2: float = setting(0.999, "AdamW beta2.", at_least=0, below=1)
     adam_epsilon: float = setting(1e-8, "AdamW epsilon.", above=0)
+    loraplus_lr_ratio: float | None = setting(
+        None, "LoRA+: learning rate of each lora_B, as a multiple of learning_rate.", above=0)
     optim: str = setting("adamw_torch", "Optimizer.", choices=("adamw_torch", "adamw_torch_fused"))
     bf16: bool | None = setting(None, "Compute in bfloat16. Default: on a GPU yes, on a CPU no.")
     seed: int = setting(

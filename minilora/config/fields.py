@@ -1,6 +1,8 @@
 """How one setting is declared, read from text and checked: type, allowed values and limits."""
 
+import json
 import operator
+import re
 import sys
 import types
 import typing
@@ -20,30 +22,44 @@ KINDS: Mapping[type, str] = {
     float: "a number",
     str: "text",
     tuple: "a list of names",
+    dict: "names with whole numbers of at least 1, such as {q_proj: 16}",
 }
 # Nothing here is counted past 1e12; a float may be anything but nan and infinity.
 LARGEST: Mapping[type, float] = {int: 10**12, float: sys.float_info.max}
+# "a,b" and "[a, b]", with or without quotes: what is no regular expression.
+PLAIN_NAMES = re.compile(r"""\s*\[?[-\w.,\s"']*\]?\s*""")
 BOOLEANS: Mapping[str, bool] = {
     "true": True, "yes": True, "on": True, "1": True,
     "false": False, "no": False, "off": False, "0": False,
 }  # fmt: skip
 
 
-def setting(default: Any, text: str, *, choices: tuple[str, ...] = (), **limits: float) -> Any:
-    """Declare one setting: default, its line of --help, allowed values and limits (see LIMITS)."""
+def setting(
+    default: Any,
+    text: str,
+    *,
+    choices: tuple[str, ...] = (),
+    pattern: bool = False,
+    **limits: float,
+) -> Any:
+    """Declare one setting: default, its line of --help, allowed values and limits (see LIMITS).
+
+    pattern: a text that is no list of plain names stays whole, commas and all.
+    """
     assert limits.keys() <= LIMITS.keys(), limits
-    return field(default=default, metadata={"help": text, "choices": choices, "limits": limits})
+    kept = {"help": text, "choices": choices, "limits": limits, "pattern": pattern}
+    return field(default=default, metadata=kept)
 
 
 def kind_of(item: "Field[Any]") -> tuple[type, bool]:
-    """The declared type of a setting as (bool | int | float | str | tuple, may it be None)."""
+    """The declared type of a setting, one of KINDS, and whether it may be None."""
     parts = typing.get_args(item.type) if isinstance(item.type, types.UnionType) else (item.type,)
     inner = next(part for part in parts if part is not types.NoneType)
     return typing.get_origin(inner) or inner, types.NoneType in parts
 
 
 def typed(item: "Field[Any]", raw: object) -> Any:
-    """Turn a value as it was written (text, or a list of texts) into the declared type.
+    """Turn a value as it was written (text, a list, a mapping) into the declared type.
 
     Raises ValueError saying what the text is not.
     """
@@ -51,14 +67,18 @@ def typed(item: "Field[Any]", raw: object) -> Any:
     text = raw.strip().lower() if isinstance(raw, str) else ""
     try:
         if kind is tuple:
+            if item.metadata["pattern"] and isinstance(raw, str) and not PLAIN_NAMES.fullmatch(raw):
+                return (raw.strip(),)
             return _names(raw)
+        if kind is dict:
+            return _numbers(raw)
         if kind is bool:
             return BOOLEANS[text]
         if kind in (int, float):
             return float(text) if kind is float else _whole(text)
         if isinstance(raw, str):
             return raw
-    except (KeyError, ValueError):
+    except (KeyError, ValueError, RecursionError):
         pass
     raise ValueError(f"{raw!r} is not {KINDS[kind]}")
 
@@ -72,6 +92,16 @@ def _names(raw: object) -> tuple[str, ...]:
     if not any(names):
         raise ValueError(raw)
     return tuple(name for name in names if name)
+
+
+def _numbers(raw: object) -> dict[str, int]:
+    """A mapping in the file; on the command line its JSON text."""
+    parts = json.loads(raw) if isinstance(raw, str) else raw
+    if not isinstance(parts, dict) or not all(
+        isinstance(part, int | str) for part in parts.values()
+    ):
+        raise ValueError(raw)
+    return {str(name): _whole(str(value)) for name, value in parts.items()}
 
 
 def _whole(text: str) -> int:
@@ -93,6 +123,11 @@ def value_problems(item: "Field[Any]", value: Any, name: str) -> list[str]:
     # bool is a subclass of int, but "lora_rank: true" is a mistake; 1 is fine as a float.
     right = type(value) is kind or (kind is float and type(value) is int)
     if not right or (kind is tuple and not all(isinstance(part, str) and part for part in value)):
+        return [f"{name}: {value!r} is not {KINDS[kind]}"]
+    if kind is dict and not all(
+        isinstance(key, str) and key and type(number) is int and 1 <= number <= LARGEST[int]
+        for key, number in value.items()
+    ):
         return [f"{name}: {value!r} is not {KINDS[kind]}"]
     if kind in LARGEST and not abs(value) <= LARGEST[kind]:
         return [f"{name}: {value} is out of range"]

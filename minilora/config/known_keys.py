@@ -13,14 +13,10 @@ ON = "true yes on 1"
 NOT_YET: Mapping[str, str] = {
     key: feature
     for keys, feature in (
-        ("additional_target", "training whole layers beside LoRA"),
         ("compute_accuracy", "accuracy on validation data"),
         ("evaluation_strategy", "validation: the key is eval_strategy now"),
         ("early_stopping_steps", "early stopping"),
         ("load_best_model_at_end", "choosing the best snapshot"),
-        ("loraplus_lr_ratio", "LoRA+"),
-        ("use_dora", "DoRA"),
-        ("use_rslora", "rsLoRA"),
     )
     for key in keys.split()
 }

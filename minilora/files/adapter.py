@@ -4,23 +4,29 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
 from minilora.config import RequestError, RunError, shortened
 from minilora.config.reading import read_json
-from minilora.model.lora import LoraShape, resolve_targets
+from minilora.model.lora_shape import LoraShape
 from minilora.model.shape import LlamaShape
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
+# Settings of PEFT's under which a layer computes something else.
+OTHER_METHODS = (
+    *("use_qalora", "alora_invocation_tokens", "lora_bias", "fan_in_fan_out", "exclude_modules"),
+    *("trainable_token_indices", "target_parameters", "layer_replication", "use_bdlora"),
+)
 # What a tokenizer consists of; kept beside the adapter so that it serves what was trained.
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -31,8 +37,8 @@ TOKENIZER_FILES = (
 
 
 def stored_name(parameter: str) -> str:
-    """`model.layers.0.self_attn.q_proj.lora_A` as PEFT names it on disk."""
-    return f"{PREFIX}{parameter}.weight"
+    """`model.layers.0.self_attn.q_proj.lora_A`, or another parameter, as PEFT names it on disk."""
+    return PREFIX + parameter + ".weight" * parameter.endswith((".lora_A", ".lora_B"))
 
 
 def write_adapter(folder: Path, tensors: Mapping[str, Tensor], lora: LoraShape, base: Path) -> None:
@@ -47,7 +53,8 @@ def write_adapter(folder: Path, tensors: Mapping[str, Tensor], lora: LoraShape, 
     for name in TOKENIZER_FILES:
         if (base / name).exists():
             write_atomically(folder / name, (base / name).read_bytes())
-    config = json.dumps(_peft_config(lora, base), indent=2, sort_keys=True) + "\n"
+    # Not sorted: of the patterns that match a layer the first one counts.
+    config = json.dumps(_peft_config(lora, base), indent=2) + "\n"
     write_atomically(folder / CONFIG, config.encode())
 
 
@@ -68,66 +75,106 @@ def check_adapter(folder: Path, expected: Mapping[str, Tensor]) -> None:
 
 
 def read_adapter_shape(folder: Path, model: LlamaShape, dropout: float) -> LoraShape:
-    """Rank, alpha and targets of an adapter to continue from.
-
-    Raises RequestError for what is not a plain LoRA over linear layers of a Llama.
-    """
+    """What an adapter adds to which layers. Raises RequestError for what is not read here."""
     config = read_json(folder / CONFIG)
-    problems = []
+    if problems := [*_config_problems(config)]:
+        raise RequestError([f"{folder / CONFIG}: {problem}" for problem in problems])
+    named, only = config["target_modules"], config.get("layers_to_transform")
+    lora = LoraShape(
+        rank=config["r"],
+        alpha=config["lora_alpha"],
+        dropout=dropout,
+        targets=named if isinstance(named, str) else tuple(named),
+        use_rslora=bool(config.get("use_rslora")),
+        use_dora=bool(config.get("use_dora")),
+        rank_pattern=config.get("rank_pattern") or {},
+        alpha_pattern=config.get("alpha_pattern") or {},
+        modules_to_save=tuple(config.get("modules_to_save") or ()),
+    )
+    names = {"targets": "target_modules"}
+    if problems := [f"{names.get(key, key)}: {text}" for key, text in lora.problems(model)]:
+        raise RequestError([f"{folder / CONFIG}: {problem}" for problem in problems])
+    if only:
+        paths = tuple(path for path in lora.layers(model) if int(path.split(".")[2]) in only)
+        lora = replace(lora, targets=paths)
+    return lora
+
+
+def _config_problems(config: Mapping[str, Any]) -> Iterator[str]:
+    """What in an adapter_config.json is not LoRA as it is known here, or no value of its kind."""
+
+    def positive(value: object, *kinds: type) -> bool:
+        return type(value) in kinds and 0 < value < float("inf")  # type: ignore[operator]
+
     if config.get("peft_type") != "LORA":
-        problems.append(f"{folder / CONFIG}: peft_type is {config.get('peft_type')!r}, not LORA")
-    for key in ("rank_pattern", "alpha_pattern", "modules_to_save", "use_dora", "use_rslora",
-                "layers_to_transform", "layer_replication", "fan_in_fan_out"):  # fmt: skip
+        yield f"peft_type is {config.get('peft_type')!r}, not LORA"
+    for key in OTHER_METHODS:
         if config.get(key):
-            problems.append(f"{folder / CONFIG}: {key} = {config[key]!r} cannot be continued from")
-    if config.get("init_lora_weights", True) not in (True, False, "gaussian"):
-        start = config["init_lora_weights"]
-        problems.append(
-            f"{folder / CONFIG}: init_lora_weights = {start!r} changes the base weights too; "
-            "convert the adapter to plain LoRA with PEFT first"
-        )
-    rank, alpha = config.get("r"), config.get("lora_alpha")
-    if type(rank) is not int or rank < 1:
-        problems.append(f"{folder / CONFIG}: r is {rank!r}; a whole number of at least 1 is needed")
-    if not isinstance(alpha, int | float) or not 0 < alpha < float("inf"):
-        problems.append(f"{folder / CONFIG}: lora_alpha is {alpha!r}; a positive number is needed")
+            yield f"{key} = {config[key]!r} is another method than LoRA, rsLoRA and DoRA"
+    if config.get("bias") not in (None, "none"):
+        yield f"bias = {config['bias']!r}: trained biases are not read"
+    start = config.get("init_lora_weights", True)
+    if start not in (None, True, False, "gaussian", "eva", "orthogonal"):
+        yield (f"init_lora_weights = {start!r} changes the base weights too; "
+               "convert the adapter to plain LoRA with PEFT first")  # fmt: skip
+    if not positive(config.get("r"), int):
+        yield f"r is {config.get('r')!r}; a whole number of at least 1 is needed"
+    if not positive(config.get("lora_alpha"), int, float):
+        yield f"lora_alpha is {config.get('lora_alpha')!r}; a positive number is needed"
+    for key, kinds in (("rank_pattern", (int,)), ("alpha_pattern", (int, float))):
+        patterns = config.get(key) or {}
+        if not isinstance(patterns, dict) or not all(
+            positive(v, *kinds) for v in patterns.values()
+        ):
+            yield f"{key} is {patterns!r}; positive numbers by pattern are needed"
     named = config.get("target_modules")
-    if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
-        problems.append(f"{folder / CONFIG}: target_modules is {named!r}; a list is needed")
-    if problems:
-        raise RequestError(problems)
-    assert isinstance(named, list) and rank is not None and alpha is not None
-    targets = resolve_targets([name.split(".")[-1] for name in named], [*model.linear_shapes()])
-    return LoraShape(rank, alpha, dropout, targets)
+    if not isinstance(named, str) and not _is_list(named, str):
+        yield f"target_modules is {named!r}; a list or a regular expression is needed"
+    for key, kind in (("modules_to_save", str), ("layers_to_transform", int)):
+        if config.get(key) is not None and not _is_list(config[key], kind):
+            yield f"{key} is {config[key]!r}; a list is needed"
+
+
+def _is_list(value: object, kind: type) -> bool:
+    return isinstance(value, list) and all(type(part) is kind for part in value)
 
 
 def read_adapter(folder: Path, expected: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
     """The tensors of an adapter by parameter name, in the dtype of the file.
 
+    expected: parameter name to shape. Raises RequestError as `check_tensors` does.
+    """
+    check_tensors(folder, expected)
+    held = load_file(folder / WEIGHTS)
+    return {name: held[stored_name(name)] for name in expected}
+
+
+def check_tensors(folder: Path, expected: Mapping[str, tuple[int, ...]]) -> None:
+    """Look at an adapter's tensors one after another.
+
     expected: parameter name to shape. Raises RequestError naming each tensor that is missing,
     surplus, of another shape or not finite.
     """
-    try:
-        held = load_file(folder / WEIGHTS)
-    except FileNotFoundError:
-        raise RequestError([f"{folder / WEIGHTS}: no such file; no other format is read"]) from None
-    except (SafetensorError, OSError) as error:
-        raise RequestError([f"{folder / WEIGHTS}: not a whole safetensors file: {error}"]) from None
+    where, problems = folder / WEIGHTS, []
     wanted = {stored_name(name): shape for name, shape in expected.items()}
-    where = folder / WEIGHTS
-    problems = [f"{where}: {name} is missing" for name in sorted(wanted.keys() - held.keys())]
-    problems += [f"{where}: {name} is not in the model" for name in sorted(held.keys() - wanted)]
-    for name in sorted(held.keys() & wanted.keys()):
-        if held[name].shape != wanted[name]:
-            problems.append(
-                f"{where}: {name} has shape {list(held[name].shape)}, "
-                f"the model needs {list(wanted[name])}"
-            )
-        elif not held[name].isfinite().all():
-            problems.append(f"{where}: {name} holds NaN or infinite numbers")
+    try:
+        with safe_open(where, framework="pt") as opened:
+            held = set(opened.keys())
+            for name in sorted(held & wanted.keys()):
+                tensor = opened.get_tensor(name)
+                if tensor.shape != wanted[name]:
+                    shapes = f"{list(tensor.shape)}, the model needs {list(wanted[name])}"
+                    problems.append(f"{name} has shape {shapes}")
+                elif not tensor.isfinite().all():
+                    problems.append(f"{name} holds NaN or infinite numbers")
+    except FileNotFoundError:
+        raise RequestError([f"{where}: no such file; no other format is read"]) from None
+    except (SafetensorError, OSError) as error:
+        raise RequestError([f"{where}: not a whole safetensors file: {error}"]) from None
+    problems += [f"{name} is missing" for name in sorted(wanted.keys() - held)]
+    problems += [f"{name} is not in the model" for name in sorted(held - wanted.keys())]
     if problems:
-        raise RequestError(shortened(problems))
-    return {name: held[stored_name(name)] for name in expected}
+        raise RequestError(shortened([f"{where}: {problem}" for problem in problems]))
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -143,7 +190,7 @@ def write_atomically(path: Path, content: bytes) -> None:
 def _peft_config(lora: LoraShape, base: Path) -> dict[str, Any]:
     """Only keys that PEFT 0.13 knows, the first of the format: older ones fail on a newer key."""
     return {
-        "alpha_pattern": {},
+        "alpha_pattern": dict(lora.alpha_pattern),
         "auto_mapping": None,
         "base_model_name_or_path": str(base),
         "bias": "none",
@@ -158,13 +205,13 @@ def _peft_config(lora: LoraShape, base: Path) -> dict[str, Any]:
         "lora_dropout": lora.dropout,
         "megatron_config": None,
         "megatron_core": "megatron.core",
-        "modules_to_save": None,
+        "modules_to_save": list(lora.modules_to_save) or None,
         "peft_type": "LORA",
         "r": lora.rank,
-        "rank_pattern": {},
+        "rank_pattern": dict(lora.rank_pattern),
         "revision": None,
-        "target_modules": list(lora.targets),
+        "target_modules": lora.targets if isinstance(lora.targets, str) else list(lora.targets),
         "task_type": "CAUSAL_LM",
-        "use_dora": False,
-        "use_rslora": False,
+        "use_dora": lora.use_dora,
+        "use_rslora": lora.use_rslora,
     }

@@ -2,133 +2,126 @@
 
 from __future__ import annotations
 
-import math
 import os
 import re
 import shutil
 import sys
 import tempfile
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from minilora.config import RequestError, RunError
 from minilora.config.reading import read_json
-from minilora.files.adapter import CONFIG, WEIGHTS, check_adapter, stored_name, write_adapter
+from minilora.files.adapter import (
+    CONFIG,
+    WEIGHTS,
+    check_adapter,
+    check_tensors,
+    read_adapter_shape,
+    stored_name,
+    write_adapter,
+)
 from minilora.files.weights import INDEX, SINGLE, Checkpoint, StoredTensor
-from minilora.model.lora import LoraShape
+from minilora.model.lora_shape import MAGNITUDE, WHOLE, LoraShape
 from minilora.model.shape import LlamaShape
 
 CHUNK = 2**22  # bytes of a file in memory at a time
-# Settings of PEFT's under which a layer computes something else, and those that must be so.
-OTHER_METHODS = (
-    *("use_dora", "use_qalora", "alora_invocation_tokens", "lora_bias", "fan_in_fan_out"),
-    *("modules_to_save", "trainable_token_indices", "target_parameters", "layer_replication"),
-)
-PLAIN = {
-    "peft_type": ("LORA",),
-    "bias": (None, "none"),
-    # Other starts, such as pissa, change the base weights.
-    "init_lora_weights": (None, True, False, "gaussian", "eva", "orthogonal"),
-}
 # What lies beside weights and is not theirs: weights in other formats, other adapters.
 NOT_COPIED = re.compile(r".*\.(safetensors|bin|pth|pt|gguf)|.*\.bin\.index\.json|adapter_.*")
 
 
+# Changes some rows of a weight, given and returned in fp32.
+Change = Callable[[Tensor, slice], Tensor]
+
+
 @dataclass(frozen=True)
 class Pair:
-    """The update factor * B A of one layer; A (rank, in) and B (out, rank) lie in `file`."""
+    """The update factor * B A of one layer; A (rank, in) and B (out, rank) lie in `file`.
+
+    dora: rows are then brought to the lengths (out,) that lie there too.
+    """
 
     file: Path
     layer: str
     rank: int
     factor: float
-
-    @property
-    def names(self) -> tuple[str, str]:
-        return stored_name(f"{self.layer}.lora_A"), stored_name(f"{self.layer}.lora_B")
+    dora: bool = False
 
     def read(self) -> tuple[Tensor, Tensor]:
         """A and B in fp32."""
         with safe_open(self.file, framework="pt") as opened:
-            a, b = map(opened.get_tensor, self.names)
+            a, b = (opened.get_tensor(stored_name(f"{self.layer}.lora_{ab}")) for ab in "AB")
         return a.float(), b.float()
 
+    def change(self) -> Change:
+        a, b = self.read()
+        lengths = None
+        if self.dora:
+            with safe_open(self.file, framework="pt") as opened:
+                lengths = opened.get_tensor(stored_name(f"{self.layer}.{MAGNITUDE}")).float()
 
-Updates = Mapping[str, Sequence[Pair]]  # by layer, such as model.layers.0.self_attn.q_proj
+        def merged(weight: Tensor, rows: slice) -> Tensor:
+            weight.addmm_(b[rows], a, alpha=self.factor)
+            if lengths is not None:
+                weight *= (lengths[rows] / weight.norm(dim=1))[:, None]
+            return weight
+
+        return merged
 
 
-def linear_layers(model: LlamaShape) -> dict[str, tuple[int, int]]:
-    """Every layer that LoRA can change, with its (out, in)."""
-    known = model.linear_shapes()
-    names = [name.removesuffix(".weight") for name in model.parameter_shapes()]
-    return {name: known[name.split(".")[-1]] for name in names if name.split(".")[-1] in known}
+@dataclass(frozen=True)
+class Whole:
+    """A weight that was trained without LoRA and takes the place of the base's."""
+
+    file: Path
+    layer: str
+
+    def change(self) -> Change:
+        def replaced(_: Tensor, rows: slice) -> Tensor:
+            with safe_open(self.file, framework="pt") as opened:
+                part: Tensor = opened.get_slice(stored_name(f"{self.layer}.weight"))[rows]
+            return part.float()
+
+        return replaced
 
 
-def read_updates(folder: Path, weight: float, model: LlamaShape) -> dict[str, Pair]:
-    """The pairs of an adapter by layer, their factors times `weight`.
+Update = Pair | Whole
+Updates = Mapping[str, Sequence[Update]]  # by layer, such as model.layers.0.self_attn.q_proj
 
-    Rank and alpha may differ by layer. Raises RequestError with every setting that is not plain
-    LoRA and every tensor that is missing, surplus, of another shape or not finite.
+
+def read_updates(folder: Path, weight: float, model: LlamaShape) -> dict[str, Update]:
+    """What an adapter does to each layer, its factors times `weight`.
+
+    Raises RequestError for what `read_adapter_shape` and `check_tensors` do not take, and for what
+    cannot be scaled by a weight other than 1.
     """
-    where = folder / WEIGHTS
-    config = _plain_lora(folder / CONFIG)
-    pairs: dict[str, Pair] = {}
-    expected: dict[str, tuple[int, int]] = {}
-    for layer, (rows, columns) in linear_layers(model).items():
-        rank = _of_layer(config, "rank_pattern", "r", layer)
-        alpha = _of_layer(config, "alpha_pattern", "lora_alpha", layer)
-        if type(rank) is not int or rank < 1 or type(alpha) not in (int, float):
-            problem = f"{layer} has r {rank!r} and lora_alpha {alpha!r}; numbers are needed"
-            raise RequestError([f"{folder / CONFIG}: {problem}"])
-        factor = weight * alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-        pairs[layer] = Pair(where, layer, rank, factor)
-        expected[pairs[layer].names[0]] = (rank, columns)
-        expected[pairs[layer].names[1]] = (rows, rank)
-    try:
-        with safe_open(where, framework="pt") as opened:
-            held = set(opened.keys())
-            problems = [f"{name} is not in the model" for name in held - expected.keys()]
-            for name in held & expected.keys():
-                tensor = opened.get_tensor(name)
-                if tensor.shape != expected[name]:
-                    shapes = f"{list(tensor.shape)}, not {list(expected[name])}"
-                    problems.append(f"{name} has shape {shapes}")
-                elif not tensor.isfinite().all():
-                    problems.append(f"{name} holds NaN or infinite numbers")
-    except (SafetensorError, OSError) as error:
-        raise RequestError([f"{where}: not a whole safetensors file: {error}"]) from None
-    pairs = {layer: pair for layer, pair in pairs.items() if held.intersection(pair.names)}
-    missing = {name for pair in pairs.values() for name in pair.names} - held
-    problems += [f"{name} is missing" for name in missing]
-    if problems or not pairs:
-        raise RequestError([f"{where}: {line}" for line in sorted(problems) or ["no LoRA pair"]])
-    return pairs
+    lora, file = read_adapter_shape(folder, model, dropout=0.0), folder / WEIGHTS
+    check_tensors(folder, lora.parameter_shapes(model))
+    if weight != 1 and (lora.use_dora or lora.modules_to_save):
+        problem = "use_dora and modules_to_save cannot be scaled; leave --adapter_weights out"
+        raise RequestError([f"{folder / CONFIG}: {problem}"])
+    whole = [WHOLE[name].removesuffix(".weight") for name in lora.modules_to_save]
+    pairs = {
+        path: Pair(file, path, layer.rank, weight * layer.scaling, layer.dora)
+        for path, layer in lora.layers(model).items()
+    }
+    return {**pairs, **{path: Whole(file, path) for path in whole}}
 
 
-def _plain_lora(path: Path) -> dict[str, Any]:
-    """An adapter_config.json. Raises RequestError for what is more than W x + factor * B A x."""
-    config = read_json(path)
-    strange = [key for key in OTHER_METHODS if config.get(key)]
-    strange += [key for key, known in PLAIN.items() if config.get(key) not in known]
-    if strange:
-        raise RequestError([f"{path}: {key} = {config.get(key)!r} is not plain LoRA, which alone "
-                            "can be merged" for key in strange])  # fmt: skip
-    return config
-
-
-def _of_layer(config: Mapping[str, Any], patterns: str, default: str, layer: str) -> Any:
-    """The first pattern that matches the end of the layer's path, as in PEFT's get_pattern_key."""
-    for pattern, value in (config.get(patterns) or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", layer):
-            return value
-    return config.get(default)
+def clashes(updates: Updates) -> list[str]:
+    """Layers where several adapters meet that cannot be added up."""
+    return [
+        f"{layer}: with use_dora or modules_to_save, one adapter alone can change a layer"
+        for layer, all_of_it in updates.items()
+        if len(all_of_it) > 1 and not all(isinstance(u, Pair) and not u.dora for u in all_of_it)
+    ]
 
 
 def export_merged(checkpoint: Checkpoint, updates: Updates, folder: Path) -> None:
@@ -156,23 +149,25 @@ def export_merged(checkpoint: Checkpoint, updates: Updates, folder: Path) -> Non
             os.replace(path, folder / path.name)
 
 
-def _merged(file: Path, changed: Sequence[tuple[StoredTensor, Sequence[Pair]]]) -> Iterator[bytes]:
+def _merged(
+    file: Path, changed: Sequence[tuple[StoredTensor, Sequence[Update]]]
+) -> Iterator[bytes]:
     """The bytes of a weight file, header and all; only numbers of changed tensors differ."""
     with file.open("rb") as opened:
-        for stored, pairs in sorted(changed, key=lambda item: item[0].start):
+        for stored, updates in sorted(changed, key=lambda item: item[0].start):
             yield from _copied(opened, stored.start - opened.tell())
             rows, columns = stored.shape
             step = max(1, CHUNK // (columns * stored.dtype.itemsize))
-            factors = [(pair.factor, *pair.read()) for pair in pairs]
+            changes = [update.change() for update in updates]
             for first in range(0, rows, step):
                 count = min(step, rows - first) * columns
                 data = bytearray(opened.read(count * stored.dtype.itemsize))
                 merged = torch.frombuffer(data, dtype=stored.dtype).view(-1, columns).float()
-                for factor, a, b in factors:
-                    merged.addmm_(b[first : first + step], a, alpha=factor)
+                for change in changes:
+                    merged = change(merged, slice(first, first + step))
                 rounded = merged.to(stored.dtype)
                 if not rounded.isfinite().all():
-                    raise RunError(f"{pairs[0].layer}: not finite in {stored.dtype} once merged")
+                    raise RunError(f"{updates[0].layer}: not finite in {stored.dtype} once merged")
                 yield rounded.view(torch.uint8).numpy().tobytes()
         yield from _copied(opened, sys.maxsize)
 
@@ -203,23 +198,28 @@ def export_adapter(checkpoint: Checkpoint, updates: Updates, folder: Path) -> Lo
     """Write the updates as one adapter with one rank and one alpha, for servers that know no more.
 
     Ranks add up where several adapters meet, and are filled with zeros to the largest; what the
-    one alpha / rank does not scale is scaled in B. Raises RunError if it does not read back.
+    one alpha / rank does not scale is scaled in B. Raises RequestError for what is no pair alone,
+    RunError if it does not read back.
     """
-    rank = max(sum(pair.rank for pair in pairs) for pairs in updates.values())
-    largest = max(pair.factor for pairs in updates.values() for pair in pairs)
+    pairs: dict[str, list[Pair]] = {}
+    for layer, all_of_it in updates.items():
+        pairs[layer] = [u for u in all_of_it if isinstance(u, Pair) and not u.dora]
+        if len(pairs[layer]) < len(all_of_it):
+            problem = f"{layer} has use_dora or modules_to_save, which such servers do not load"
+            raise RequestError([f"--adapter_only: {problem}; merge into the base instead"])
+    rank = max(sum(pair.rank for pair in of_layer) for of_layer in pairs.values())
+    largest = max(pair.factor for of_layer in pairs.values() for pair in of_layer)
     alpha = max(1, round(rank * largest))
-    names = {layer.split(".")[-1] for layer in updates}
+    names = {layer.split(".")[-1] for layer in pairs}
     targets = tuple(name for name in checkpoint.shape.linear_shapes() if name in names)
     lora = LoraShape(rank, alpha, 0.0, targets)
     tensors: dict[str, Tensor] = {}
-    for layer, (rows, columns) in linear_layers(checkpoint.shape).items():
-        if layer.split(".")[-1] not in targets:
-            continue
+    for layer, (rows, columns, *_) in lora.layers(checkpoint.shape).items():
         a, b, end = torch.zeros(rank, columns), torch.zeros(rows, rank), 0
-        for pair in updates.get(layer, ()):
+        for pair in pairs.get(layer, ()):
             start, end = end, end + pair.rank
             a[start:end], b[:, start:end] = pair.read()
-            b[:, start:end] *= pair.factor / lora.scaling
+            b[:, start:end] *= pair.factor / (alpha / rank)
         tensors |= {f"{layer}.lora_A": a, f"{layer}.lora_B": b}
     write_adapter(folder, tensors, lora, checkpoint.folder)
     check_adapter(folder, tensors)

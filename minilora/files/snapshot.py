@@ -20,7 +20,7 @@ from torch import Tensor
 from minilora.config import RequestError
 from minilora.config.reading import read_json
 from minilora.files.adapter import write_adapter, write_atomically
-from minilora.model.lora import LoraShape
+from minilora.model.lora_shape import LoraShape
 
 STATE, TENSORS = "snapshot.json", "snapshot.safetensors"
 PREFIX, DRAFT = "checkpoint-", ".draft"

@@ -127,7 +127,7 @@ class Block(nn.Module):
 
 
 class Embedding(nn.Module):
-    """Token ids (N,) to rows (N, D) of a frozen table (V, D)."""
+    """Token ids (N,) to rows (N, D) of a table (V, D)."""
 
     def __init__(self, shape: LlamaShape) -> None:
         super().__init__()
@@ -139,7 +139,7 @@ class Embedding(nn.Module):
 
 
 class Head(nn.Module):
-    """The frozen language-model head: hidden states to the loss, or to logits."""
+    """The language-model head: hidden states to the loss, or to logits."""
 
     def __init__(self, shape: LlamaShape, tied_weight: nn.Parameter | None) -> None:
         super().__init__()
@@ -154,13 +154,14 @@ class Head(nn.Module):
 
         Without gradients: (2,) fp32, the summed loss and how many targets were the likeliest token.
         """
+        weight = self.weight.to(hidden.dtype)
         if not torch.is_grad_enabled():
-            return head_scores(hidden, self.weight, targets, self.chunk_rows)
-        return head_loss(hidden, self.weight, targets, scale, self.chunk_rows)
+            return head_scores(hidden, weight, targets, self.chunk_rows)
+        return head_loss(hidden, weight, targets, scale, self.chunk_rows)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden: (N, D). Returns (N, V) in the dtype of hidden."""
-        return F.linear(hidden, self.weight)
+        return F.linear(hidden, self.weight.to(hidden.dtype))
 
 
 class Decoder(nn.Module):
@@ -175,9 +176,9 @@ class Decoder(nn.Module):
 
     def forward(self, token_ids: Tensor, tiles: Sequence[Tile]) -> Tensor:
         """token_ids: (N,) int64. Returns the last block's output (N, D), before the norm."""
-        hidden: Tensor = self.embed_tokens(token_ids)
+        hidden: Tensor = self.embed_tokens(token_ids).to(self.norm.weight.dtype)
         if torch.is_grad_enabled():
-            # The table is frozen, so nothing else would make the first block part of the graph.
+            # If the table is frozen, nothing else makes the first block part of the graph.
             hidden.requires_grad_()
         for block in self.layers:
             hidden = block(hidden, tiles)

@@ -6,45 +6,16 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from minilora.config import RequestError
 from minilora.model.dropout import SeededDropout
 from minilora.model.linear import Pair, linear
 from minilora.model.llama import Block, Linear, Llama
-from minilora.model.shape import LlamaShape
-
-
-@dataclass(frozen=True)
-class LoraShape:
-    """What an adapter adds: rank R, scaling alpha / R, dropout in [0, 1), and to which layers."""
-
-    rank: int
-    alpha: float
-    dropout: float
-    targets: tuple[str, ...]
-
-    @property
-    def scaling(self) -> float:
-        return self.alpha / self.rank
-
-    def parameter_shapes(self, model: LlamaShape) -> dict[str, tuple[int, int]]:
-        """Every trained parameter by its name in the model, in the model's order."""
-        shapes = {}
-        for name, shape in model.parameter_shapes().items():
-            module, _, kind = name.rpartition(".")
-            if module.rpartition(".")[2] in self.targets and kind == "weight":
-                shapes[f"{module}.lora_A"] = (self.rank, shape[1])
-                shapes[f"{module}.lora_B"] = (shape[0], self.rank)
-        return shapes
-
-    def size(self, model: LlamaShape) -> int:
-        """Elements of all trained parameters."""
-        return sum(rows * columns for rows, columns in self.parameter_shapes(model).values())
+from minilora.model.lora_shape import MAGNITUDE, WHOLE, Layer, LoraShape
 
 
 class LoraLinear(nn.Module):
@@ -52,29 +23,52 @@ class LoraLinear(nn.Module):
 
     The base parameter's name does not change. Input (N, in), output (N, out). The pair may be kept
     in fp32 beside a bf16 base: it is cast to the input's dtype, never the input to fp32.
+    With DoRA there is lora_magnitude_vector (out,) too, which starts as the norms of the rows.
     """
 
     def __init__(
-        self,
-        base: Linear,
-        shape: LoraShape,
-        seed: int,
-        dtype: torch.dtype,
+        self, base: Linear, layer: Layer, seed: int, dtype: torch.dtype,
         dropout: SeededDropout | None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__()
         self.weight, self.bias = base.weight, base.bias
-        self.scaling = shape.scaling
+        self.scaling = layer.scaling
         self.dropout = dropout
-        a = _kaiming_uniform(shape.rank, base.in_features, seed)
-        b = torch.zeros(base.out_features, shape.rank)
+        a = _kaiming_uniform(layer.rank, layer.in_features, seed)
+        b = torch.zeros(layer.out_features, layer.rank)
         self.lora_A = nn.Parameter(a.to(base.weight.device, dtype))
         self.lora_B = nn.Parameter(b.to(base.weight.device, dtype))
+        ones = torch.ones(layer.out_features).to(base.weight.device, dtype)
+        self.lora_magnitude_vector = nn.Parameter(ones) if layer.dora else None
 
     def forward(self, x: Tensor, unread: bool = False) -> Tensor:
         dropped = self.dropout(x) if self.dropout is not None and self.training else None
         a, b = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
-        return linear(x, self.weight, self.bias, Pair(a, b, self.scaling, dropped), unread)
+        if self.lora_magnitude_vector is None:
+            return linear(x, self.weight, self.bias, Pair(a, b, self.scaling, dropped), unread)
+        # DoRA: each row of W + scaling * B A is brought to the length that is learned for it.
+        with torch.no_grad():  # PEFT lets no gradient through the norms, as the paper suggests
+            norms = row_norms(self.weight, a, b, self.scaling)
+        ratio = (self.lora_magnitude_vector.float() / norms).to(x.dtype)
+        pair = Pair(a, b, self.scaling, None)
+        if dropped is None:
+            output: Tensor = ratio * linear(x, self.weight, None, pair)
+            return output if self.bias is None else output + self.bias
+        # As in PEFT, what was dropped still goes through the frozen weight.
+        rest = linear(x - dropped, self.weight, self.bias, None)
+        return torch.addcmul(rest, ratio, linear(dropped, self.weight, None, pair))
+
+
+def row_norms(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+    """Norms of the rows of weight + scaling * B A, (out,) in fp32, without making that matrix.
+
+    weight: (out, in); a: (R, in); b: (out, R). For a row w of the weight and b of B:
+    |w + s b A|^2 = |w|^2 + 2 s b (A w) + s^2 b (A A^T) b.
+    """
+    own: Tensor = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32)
+    crossed, a, b = (weight @ a.T).float(), a.float(), b.float()
+    change = (b * (2 * scaling * crossed + scaling**2 * (b @ (a @ a.T)))).sum(1)
+    return (own**2 + change).clamp_min_(torch.finfo(torch.float32).tiny).sqrt_()
 
 
 def _kaiming_uniform(rank: int, in_features: int, seed: int) -> Tensor:
@@ -85,45 +79,46 @@ def _kaiming_uniform(rank: int, in_features: int, seed: int) -> Tensor:
     return (2 * unit - 1) / math.sqrt(in_features)
 
 
-def resolve_targets(lora_target: str | Sequence[str], known: Sequence[str]) -> tuple[str, ...]:
-    """The linear layers that `lora_target` names, in the model's order; `all` is every one.
-
-    Raises RequestError for a name that matches nothing.
-    """
-    named = [lora_target] if isinstance(lora_target, str) else list(lora_target)
-    if "all" in named:
-        return tuple(known)
-    wrong = [name for name in named if name not in known]
-    if wrong or not named:
-        raise RequestError(
-            [f"lora_target: no layer is called {name}; known: {', '.join(known)}" for name in wrong]
-            or ["lora_target: names no layer; write `all` or a list"]
-        )
-    return tuple(name for name in known if name in named)
-
-
 def inject(model: Llama, shape: LoraShape, seed: int, dtype: torch.dtype = torch.float32) -> None:
-    """Freeze the model and put a LoraLinear in place of every linear layer that is targeted.
+    """Freeze the model, put a LoraLinear in place of every targeted layer, free what is whole.
 
-    dtype: of the new parameters.
+    dtype: of the trained parameters.
 
     Each lora_A depends on the seed and its layer's name alone: the same on every rank, whatever
-    the number of ranks. lora_B is zero, so the model computes what it did before.
+    the number of ranks. lora_B is zero, so the model computes what it did before, with DoRA once
+    its magnitudes are set: they cannot be here, where weights may be partitioned or yet to read.
     """
     model.requires_grad_(False)
+    for name in shape.modules_to_save:
+        weight = model.get_parameter(WHOLE[name]).requires_grad_()
+        weight.data = weight.data.to(dtype)
+    layers = shape.layers(model.shape)
     for index, block in enumerate(model.model.layers):
         assert isinstance(block, Block)
         if shape.dropout:
             block.dropout = SeededDropout(shape.dropout)
-        for parent in (block.self_attn, block.mlp):
-            for name, child in list(parent.named_children()):
-                if isinstance(child, Linear) and name in shape.targets:
+        for part in ("self_attn", "mlp"):
+            for name, child in list(getattr(block, part).named_children()):
+                layer = layers.get(f"model.layers.{index}.{part}.{name}")
+                if layer is not None:
                     digest = hashlib.sha256(f"{seed} {index} {name}".encode()).digest()
                     layer_seed = int.from_bytes(digest[:8], "little") >> 1
-                    layer = LoraLinear(child, shape, layer_seed, dtype, block.dropout)
-                    setattr(parent, name, layer)
+                    lora = LoraLinear(child, layer, layer_seed, dtype, block.dropout)
+                    setattr(getattr(block, part), name, lora)
 
 
 def lora_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """The trained parameters by name, in the model's order."""
     return ((name, p) for name, p in model.named_parameters() if p.requires_grad)
+
+
+def parameter_groups(model: nn.Module, ratio: float | None) -> list[dict[str, Any]]:
+    """What the optimizer trains, and at which multiple (`ratio`) of the learning rate.
+
+    ratio: LoRA+ (Hayou et al. 2024, arXiv 2402.12354): of each lora_B, and as in PEFT of vectors.
+    """
+    groups: dict[float, list[nn.Parameter]] = {}
+    for name, parameter in lora_parameters(model):
+        fast = name.endswith((".lora_B", MAGNITUDE))
+        groups.setdefault(ratio if ratio and fast else 1.0, []).append(parameter)
+    return [{"params": parameters, "ratio": times} for times, parameters in groups.items()]

@@ -20,10 +20,10 @@ def head_loss(
 ) -> Tensor:
     """Sum over rows of the cross-entropy of `hidden @ weight.T` against `targets`, times `scale`.
 
-    hidden: (N, D); weight: (V, D), frozen; targets: (N,) int64, every one a real token;
-    chunk_rows: how many rows' logits exist at one time. Returns
-    a scalar in fp32. The gradient with respect to hidden is taken in forward, while a chunk's
-    logits are there: the head is frozen and the loss is last, so backward needs nothing else.
+    hidden: (N, D); weight: (V, D); targets: (N,) int64, every one a real token; chunk_rows: how
+    many rows' logits exist at one time. Returns a scalar in fp32. The gradients of hidden, and of
+    the weight where it is trained, are taken in forward, while a chunk's logits are there: the
+    loss is last, so backward needs nothing else. The weight's is summed over chunks in fp32.
     """
     loss: Tensor = _HeadLoss.apply(  # type: ignore[no-untyped-call]
         hidden, weight, targets, scale, chunk_rows
@@ -37,27 +37,35 @@ class _HeadLoss(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, scale: float, chunk_rows: int
     ) -> Tensor:
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        wants_grad = ctx.needs_input_grad[0]
-        grad_hidden = torch.empty_like(hidden) if wants_grad else hidden.new_empty(0)
+        wants_hidden, wants_weight = ctx.needs_input_grad[:2]
+        grad_hidden = torch.empty_like(hidden) if wants_hidden else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
         for start in range(0, len(hidden), chunk_rows):
             rows = slice(start, start + chunk_rows)
             logits = (hidden[rows] @ weight.T).float()  # (chunk, V)
             target = targets[rows, None]
             log_sum = logits.logsumexp(-1, keepdim=True)
             total += (log_sum - logits.gather(1, target)).sum()
-            if wants_grad:
+            if wants_hidden or wants_weight:
                 # d loss / d logits = softmax - one_hot(target), in the buffer of the logits.
                 grad = logits.sub_(log_sum).exp_()
                 grad.scatter_add_(1, target, torch.full_like(log_sum, -1.0))
-                grad_hidden[rows] = grad.mul_(scale).to(hidden.dtype) @ weight
-        ctx.save_for_backward(grad_hidden)
+                grad = grad.mul_(scale).to(hidden.dtype)
+                if grad_hidden is not None:
+                    grad_hidden[rows] = grad @ weight
+                if grad_weight is not None:
+                    grad_weight += grad.T @ hidden[rows]
+        ctx.save_for_backward(
+            grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype)
+        )
         return total * scale
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        (grad_hidden,) = ctx.saved_tensors
-        return grad_hidden * grad_output.to(grad_hidden.dtype), None, None, None, None
+        saved = ctx.saved_tensors
+        grads = (grad if grad is None else grad * grad_output.to(grad.dtype) for grad in saved)
+        return *grads, None, None, None
 
 
 def head_scores(hidden: Tensor, weight: Tensor, targets: Tensor, chunk_rows: int) -> Tensor:

@@ -98,6 +98,14 @@ class LlamaShape:
             "down_proj": (self.hidden_size, self.intermediate_size),
         }
 
+    def linear_layers(self) -> dict[str, tuple[int, int]]:
+        """The linear layers of all blocks by their paths, each as (out, in)."""
+        return {
+            f"model.layers.{layer}.{'self_attn' if name[0] in 'qkvo' else 'mlp'}.{name}": size
+            for layer in range(self.num_layers)
+            for name, size in self.linear_shapes().items()
+        }
+
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
         """Every tensor of the checkpoint by its name in the files, in the files' order."""
         shapes: dict[str, tuple[int, ...]] = {

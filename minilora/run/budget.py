@@ -13,6 +13,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from minilora.model.lora_shape import WHOLE
 from minilora.model.shape import LlamaShape
 from minilora.run.gathers import Gathers, Moment, Zero, in_order
 from minilora.run.setup import Setup
@@ -79,7 +80,8 @@ class Budget:
 def budget(setup: Setup) -> Budget:
     """Work out the memory of one rank."""
     static = [*_static(setup)]
-    gathers = _gathers(setup.shape, setup.zero, setup.ranks, tuple(setup.lora.items()))
+    trained = tuple(setup.lora.items()), WHOLE["embed_tokens"] in setup.whole
+    gathers = _gathers(setup.shape, setup.zero, setup.ranks, *trained)
     always = sum(term.bytes for term in static)
     # The optimizer's temporaries: the gradient in fp32 and two of AdamW's.
     states = sum(term.bytes for term in static if term.part == "optimizer states")
@@ -102,9 +104,12 @@ def budget(setup: Setup) -> Budget:
 
 @functools.cache
 def _gathers(
-    shape: LlamaShape, zero: Zero, ranks: int, lora: tuple[tuple[str, int], ...]
+    shape: LlamaShape, zero: Zero, ranks: int, lora: tuple[tuple[str, int], ...], table: bool
 ) -> Gathers:
-    """Everything above the threshold is partitioned; below stage 3, and alone, nothing is."""
+    """Everything above the threshold is partitioned; below stage 3, and alone, nothing is.
+
+    table: whether the embedding is trained.
+    """
     split, layers = zero.stage == 3 and ranks > 1, range(shape.num_layers)
     block = {name: rows * columns for name, (rows, columns) in shape.linear_shapes().items()}
     large = {
@@ -112,20 +117,21 @@ def _gathers(
         for name, size in {**block, **dict(lora)}.items()
         if split and size > zero.stage3_param_persistence_threshold
     }
-    table = {"table": shape.vocab_size * shape.hidden_size} if split else {}
-    head = table if shape.tied or not split else {"head": table["table"]}
+    rows = {"table": shape.vocab_size * shape.hidden_size} if split else {}
+    head = rows if shape.tied or not split else {"head": rows["table"]}
     blocks = [{f"{index} {name}": size for name, size in large.items()} for index in layers]
-    return Gathers(*in_order(blocks, table, head), zero, ranks)
+    return Gathers(*in_order(blocks, rows, head, table), zero, ranks)
 
 
-def _sizes(shape: LlamaShape) -> list[int]:
-    return [math.prod(size) for size in shape.parameter_shapes().values()]
+def _sizes(shape: LlamaShape) -> dict[str, int]:
+    return {name: math.prod(size) for name, size in shape.parameter_shapes().items()}
 
 
 def _static(setup: Setup) -> Iterator[Term]:
     """Weights, LoRA and what trains it; at stage 3 small tensors are whole beside their shards."""
     zero, ranks, s = setup.zero, setup.ranks, setup.size
-    base, lora = _sizes(setup.shape), [*setup.lora.values()] * setup.shape.num_layers
+    base = [size for name, size in _sizes(setup.shape).items() if name not in setup.whole]
+    lora = [*setup.lora.values()] * setup.shape.num_layers + [*setup.whole.values()]
     below = zero.stage3_param_persistence_threshold if ranks > 1 else 0
     shards, wholes = [], []
     for sizes in (base, lora):
@@ -167,10 +173,10 @@ def _at(setup: Setup, moment: Moment) -> Iterator[tuple[str, list[Term]]]:
         yield "loss", _live(setup, moment, saved, 3, _loss(setup))
     elif module.name == "norm" and moment.backward and not setup.on_gpu:
         yield "recompute", _live(setup, moment, saved, 6)  # no fused kernel
-    elif moment.backward or module.name == "norm":
+    elif module.name != "embedding" and (moment.backward or module.name == "norm"):
         yield "gather", _live(setup, moment, saved, 3 if module.name == "head" else 2)
     else:
-        yield "gather", _live(setup, moment, 0, 1)
+        yield "embedding" if moment.backward else "gather", _live(setup, moment, 0, 1)
 
 
 def _live(
@@ -245,11 +251,33 @@ def _gradients(setup: Setup, moment: Moment) -> Iterator[Term]:
         yield Term("accumulation", "reduce buckets", bucket, setup.size)
         shard = -(-layers * block // setup.ranks) * more
         yield Term("accumulation", "LoRA gradients, shard", shard, setup.size)
+    if setup.whole:
+        yield from _whole_gradients(setup, moment)
+
+
+def _whole_gradients(setup: Setup, moment: Moment) -> Iterator[Term]:
+    """Those of head and table where they are trained; at stage 0 they stay until the step.
+
+    The head's is made in the loss, summed in fp32 from the products of chunks.
+    """
+    head, table = (setup.whole.get(WHOLE[name], 0) for name in ("lm_head", "embed_tokens"))
+    name, s = moment.module.name, setup.size
+    if name == "head" and not moment.backward:
+        yield Term("accumulation", "head's gradient: fp32, a chunk's", head, 4 + s)
+        if not setup.zero.stage and setup.bf16:
+            yield Term("parameters", "head in bf16", head, s)
+    elif moment.backward:
+        made = 2 * head * (name == "head") + table * (name == "embedding")
+        yield Term("accumulation", "gradients of head and table, made", made, s)
+    if not setup.zero.stage:
+        kept = head * (moment.backward and name != "head") + table * (name == "embedding")
+        kept = head + table if setup.spans > 1 else kept
+        yield Term("accumulation", "gradients of head and table, fp32", kept, 4)
 
 
 def _host(setup: Setup) -> Iterator[Term]:
     shape, ranks, s = setup.shape, setup.ranks, setup.size
-    total = sum(_sizes(shape))
+    total = sum(_sizes(shape).values())
     inputs = shape.num_layers * setup.span * shape.hidden_size * setup.offload_activations
     yield Term("host", "processes, estimate", ranks, PROCESS)
     yield Term("host", "block inputs, pinned", ranks * inputs, s)

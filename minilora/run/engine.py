@@ -21,7 +21,8 @@ from minilora.config import RequestError, RunError, TrainSettings
 from minilora.data.batches import Span
 from minilora.files.weights import Checkpoint, Piece, read_pieces
 from minilora.model.llama import Block, Llama
-from minilora.model.lora import LoraShape, inject, lora_parameters
+from minilora.model.lora import LoraLinear, inject, lora_parameters, parameter_groups
+from minilora.model.lora_shape import MAGNITUDE, LoraShape
 from minilora.model.tiles import document_tiles
 from minilora.run.ds_config import zero_stage
 from minilora.run.world import World, wants_bf16
@@ -59,15 +60,14 @@ class Engine:
         self.model = self._build(plan)
         with world.agreed():
             self.bytes_read = read_pieces(plan.checkpoint, self._pieces())
-        for name, parameter in lora_parameters(self.model):
-            if name in plan.adapter:
-                start, kept = self._partition(parameter)
-                kept.copy_(plan.adapter[name].view(-1)[start : start + len(kept)])
+        for name, value in (plan.adapter or self._magnitudes()).items():
+            start, kept = self._partition(self.model.get_parameter(name))
+            kept.copy_(value.view(-1)[start : start + len(kept)])
         if self.stage == 3:
             ds.set_z3_leaf_modules(self.model, [Block])
         train, self.tile_tokens = plan.train, plan.train.tile_tokens
         self.adam = torch.optim.AdamW(
-            [parameter for _, parameter in lora_parameters(self.model)],
+            parameter_groups(self.model, train.loraplus_lr_ratio),
             lr=train.learning_rate,
             betas=(train.adam_beta1, train.adam_beta2),
             eps=train.adam_epsilon,
@@ -114,7 +114,7 @@ class Engine:
         Raises RunError, on every rank and with the weights untouched, if it is not finite.
         """
         for group in self.adam.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["ratio"]
         if self.engine.optimizer is self.adam:  # stage 0 in fp32: DeepSpeed keeps no norm
             grads = [p.grad for _, p in lora_parameters(self.model) if p.grad is not None]
             self.grad_norm = float(nn.utils.get_total_norm(grads))
@@ -132,20 +132,22 @@ class Engine:
             self.engine.monitor.write_events(events)
 
     def trained_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Name and fp32 master copy, on the CPU, of each trained parameter. Collective."""
+        """Name and fp32 master copy of each trained parameter, on rank 0's CPU. Collective."""
         for name, parameter in lora_parameters(self.model):
             full = ds.safe_get_full_fp32_param(parameter) if self.stage else parameter
-            yield name, full.detach().cpu().clone()
+            if self.world.rank == 0:  # a head in every process would fill the machine
+                yield name, full.detach().cpu().clone()
 
     def moments(self) -> Iterator[tuple[str, Tensor]]:
-        """AdamW's moments as `NAME.exp_avg` and `NAME.exp_avg_sq`, fp32, CPU. Collective."""
+        """AdamW's moments, `NAME.exp_avg` and `NAME.exp_avg_sq`, fp32, rank 0. Collective."""
         for name, parameter in lora_parameters(self.model):
             for moment in MOMENTS:
                 if self.stage:
                     full = ds.safe_get_full_optimizer_state(parameter, moment)
                 else:
                     full = self.adam.state[parameter][moment]
-                yield f"{name}.{moment}", full.detach().cpu().clone()
+                if self.world.rank == 0:
+                    yield f"{name}.{moment}", full.detach().cpu().clone()
 
     def restore(self, tensors: Mapping[str, Tensor], steps: int) -> None:
         """Put back masters and moments after `steps` steps, whatever the stage they come from."""
@@ -220,10 +222,20 @@ class Engine:
         # The dtype comes from the file's bf16 section: on a CPU zero.Init misreads the argument.
         return _Partitioned(config_dict_or_path=ds_config, mem_efficient_linear=False)
 
+    def _magnitudes(self) -> dict[str, Tensor]:
+        """Where DoRA's magnitudes start: the norms of the weights' rows, in fp32. Collective."""
+        norms = {}
+        for path, layer in self.model.named_modules():
+            if isinstance(layer, LoraLinear) and layer.lora_magnitude_vector is not None:
+                with deepspeed.zero.GatheredParameters([layer.weight], enabled=self.stage == 3):
+                    norm = torch.linalg.vector_norm(layer.weight, dim=1, dtype=torch.float32)
+                norms[f"{path}.{MAGNITUDE}"] = norm
+        return norms
+
     def _pieces(self) -> Iterator[Piece]:
         """What this rank reads: its partition of each base weight, or the whole of it."""
         for name, parameter in self.model.named_parameters():
-            if not parameter.requires_grad:
+            if ".lora_" not in name:
                 start, kept = self._partition(parameter)
                 if len(kept):
                     yield Piece(name, start, kept)

@@ -144,7 +144,10 @@ class Gathers:
 
 
 def in_order(
-    blocks: Sequence[Mapping[str, int]], embedding: Mapping[str, int], head: Mapping[str, int]
+    blocks: Sequence[Mapping[str, int]],
+    embedding: Mapping[str, int],
+    head: Mapping[str, int],
+    embedding_trained: bool = False,
 ) -> tuple[list[Module], int]:
     """All modules of a Llama as a micro-step meets them, and where its backward begins.
 
@@ -154,5 +157,7 @@ def in_order(
     model, decoder = Module("model", {}, {**inside, **head}), Module("decoder", {}, inside)
     middle = [Module(f"block {index}", part, part, index) for index, part in enumerate(blocks)]
     norm, last = Module("norm", {}, {}), Module("head", head, head)
-    forward = [model, decoder, Module("embedding", embedding, embedding), *middle, norm, last]
-    return [*forward, model, last, norm, decoder, *reversed(middle)], len(forward)
+    first = Module("embedding", embedding, embedding)
+    forward = [model, decoder, first, *middle, norm, last]
+    backward = [model, last, norm, decoder, *reversed(middle), *[first] * embedding_trained]
+    return [*forward, *backward], len(forward)

@@ -18,7 +18,7 @@ from minilora.data.batches import Documents, Place, Step, TileLimits, build_step
 from minilora.data.schedule import Schedule
 from minilora.files.adapter import check_adapter, write_adapter
 from minilora.files.snapshot import State, prune, write_snapshot
-from minilora.model.lora import LoraShape
+from minilora.model.lora_shape import LoraShape
 from minilora.run.engine import Engine
 from minilora.run.learning_rate import learning_rate
 from minilora.run.memory import read_memory

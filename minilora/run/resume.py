@@ -16,7 +16,8 @@ from minilora.run.engine import MOMENTS, Plan
 # Settings of training that must not change between a snapshot and the run that goes on from it.
 UNCHANGING = (
     "learning_rate", "lr_scheduler_type", "warmup_ratio", "warmup_steps", "weight_decay",
-    "max_grad_norm", "adam_beta1", "adam_beta2", "adam_epsilon", "seed", "disable_shuffling",
+    "loraplus_lr_ratio", "max_grad_norm", "adam_beta1", "adam_beta2", "adam_epsilon", "seed",
+    "disable_shuffling",
 )  # fmt: skip
 
 

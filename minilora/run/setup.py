@@ -4,8 +4,11 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from dataclasses import dataclass
 
+from minilora.model.lora_shape import WHOLE, LoraShape
 from minilora.model.shape import LlamaShape
 from minilora.run.gathers import Zero
 
@@ -21,9 +24,7 @@ class Setup:
     shape: LlamaShape
     zero: Zero
     ranks: int
-    lora_rank: int
-    targets: tuple[str, ...]
-    dropout: bool
+    adapter: LoraShape
     bf16: bool
     recompute: bool
     tile_tokens: int
@@ -62,10 +63,14 @@ class Setup:
 
     @property
     def lora(self) -> dict[str, int]:
-        """Elements of each trained matrix of a block."""
-        pairs = {name: self.shape.linear_shapes()[name] for name in self.targets}
-        sizes = {(name, i): pair[i] for name, pair in pairs.items() for i in (0, 1)}
-        return {f"{name} {i}": self.lora_rank * size for (name, i), size in sizes.items()}
+        """Elements of each trained tensor of a block: of the largest block, where they differ."""
+        return dict(_of_a_block(self.adapter, self.shape))
+
+    @property
+    def whole(self) -> dict[str, int]:
+        """Elements of each weight that is trained without LoRA, by its parameter's name."""
+        size = self.shape.vocab_size * self.shape.hidden_size
+        return {WHOLE[name]: size for name in self.adapter.modules_to_save}
 
     @property
     def features(self) -> tuple[int, int, int, int]:
@@ -78,12 +83,28 @@ class Setup:
         """Elements that autograd keeps per token: of attention, of the MLP with the second norm.
 
         Attention: its normed input, q, k, v, output and a sum per head (fp32). The MLP: its input,
-        the same normed, gate, silu(gate), up and their product. A LoRA pair: its R numbers, and
-        with dropout its masked input and the mask.
+        the same normed, gate, silu(gate), up and their product. A LoRA pair: its R numbers, with
+        dropout its masked input and the mask, with DoRA its output before it is scaled.
         """
-        (d, f, q, k), sizes = self.features, self.shape.linear_shapes()
+        (d, f, q, k), sizes, lora = self.features, self.shape.linear_shapes(), self.lora
+        dropout, dora = self.adapter.dropout > 0, self.adapter.use_dora
         copied = 0 if self.on_gpu else q  # documents' outputs are put together
         attention = d + 2 * q + 2 * k + self.shape.num_heads * 4 // self.size + copied
-        pairs = {name: self.lora_rank + 2 * sizes[name][1] * self.dropout for name in self.targets}
+        pairs = {
+            name: lora[f"{name} lora_A"] // size + (2 + dora) * size * dropout + dora * out
+            for name, (out, size) in sizes.items()
+            if f"{name} lora_A" in lora
+        }
         of_attention = sum(size for name, size in pairs.items() if name[0] in "qkvo")
         return attention + of_attention, 2 * d + 4 * f + sum(pairs.values()) - of_attention
+
+
+@functools.cache
+def _of_a_block(adapter: LoraShape, shape: LlamaShape) -> tuple[tuple[str, int], ...]:
+    """The largest of each kind of trained tensor, such as `q_proj lora_A`, and its elements."""
+    largest: dict[str, int] = {}
+    for path, size in adapter.parameter_shapes(shape).items():
+        if path not in WHOLE.values():
+            kind = " ".join(path.split(".")[-2:])
+            largest[kind] = max(largest.get(kind, 0), math.prod(size))
+    return tuple(largest.items())
