@@ -95,7 +95,7 @@ def run_in(world: World, settings: Settings, plan: Plan) -> None:
     options = settings.train
     documents, validation, notes = _documents(world, settings)
     with world.agreed():
-        snapshot, start, saved = start_of(settings, plan, documents)
+        snapshot, start, saved = start_of(settings, plan, documents, validation)
     schedule = Schedule(
         documents.lengths,
         seed=options.seed,
@@ -122,8 +122,7 @@ def run_in(world: World, settings: Settings, plan: Plan) -> None:
     with Report(options, schedule.total_steps, world.rank == 0, totals) as report:
         start = replace(start, info=info)
         job = Job(settings, documents, schedule, plan.lora, start, validation)
-        train(world, engine, job, report)
-        report.finish()
+        report.finish(**train(world, engine, job, report).results)
         report.message(f"the adapter is in {options.output_dir}")
 
 

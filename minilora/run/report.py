@@ -139,13 +139,13 @@ class Report:
         if self.writes_at(record.step):
             self._write_line(record, now)
 
-    def evaluation(self, record: StepRecord, scores: Mapping[str, float]) -> None:
+    def evaluation(self, step: int, scores: Mapping[str, float]) -> None:
         """Write a log line of the validation after a step. Raises OSError."""
         line = {
-            "current_steps": record.step,
+            "current_steps": step,
             "total_steps": self._total_steps,
             **scores,
-            "epoch": record.epoch,
+            "epoch": self.totals.epoch,
         }
         with (self._folder / LOG).open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
@@ -176,8 +176,8 @@ class Report:
         with (self._folder / LOG).open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
-    def finish(self) -> None:
-        """Close the bar; write train_results.json and draw training_loss.png.
+    def finish(self, **more: float) -> None:
+        """Close the bar; write train_results.json, with more in it, and draw training_loss.png.
 
         Raises OSError when a file cannot be written.
         """
@@ -193,6 +193,7 @@ class Report:
             "train_samples_per_second": _rate(totals.documents - before.documents, runtime),
             "train_steps_per_second": _rate(totals.step - before.step, runtime),
             "total_tokens": totals.tokens,
+            **more,
             **self._memory,
         }
         text = json.dumps(results, indent=4) + "\n"
