@@ -30,11 +30,12 @@ from minilora.files.snapshot import check_room, claimed, find_snapshot, last_sna
 from minilora.files.weights import read_checkpoint, read_config
 from minilora.model.lora import LoraShape, resolve_targets
 from minilora.model.shape import LlamaShape
+from minilora.run.curves import LOG
 from minilora.run.ds_config import Facts, find_ds_config, resolve_ds_config
 from minilora.run.engine import Engine, Plan
 from minilora.run.loop import Job, train
 from minilora.run.memory import is_out_of_memory, phase_of
-from minilora.run.report import LOG, Report, Totals
+from minilora.run.report import Report, Totals
 from minilora.run.resume import start_of
 from minilora.run.stop import Lasting, Stopped, stopping_at_once
 from minilora.run.world import World, wants_bf16
