@@ -23,6 +23,7 @@ from minilora.config.settings_file import NULL, Given, Raw, read_file
 REQUIRED: Mapping[str, tuple[str, ...]] = {
     "train": ("model_name_or_path", "dataset", "output_dir"),
     "plan": ("model_name_or_path",),
+    "preview": ("model_name_or_path", "dataset"),
 }
 COMMAND_LINE = "command line"
 
