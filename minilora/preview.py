@@ -26,12 +26,7 @@ BINS, WIDTH = 12, 40  # of the histogram: at most so many lines, and characters 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command. Returns 0 done, 1 the picture cannot be written, 2 the request is wrong."""
-    parser = argparse.ArgumentParser(
-        "python -m minilora.preview", add_help=False, allow_abbrev=False
-    )
-    parser.add_argument("--samples", type=int, default=3, help="how many documents to show [3]")
-    parser.add_argument("--num_gpus", type=int, default=1, help="that will train [1]")
-    parser.add_argument("--plot", metavar="FILE.png", help="draw the lengths of the documents")
+    parser = _parser()
     own, rest = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
     if {"-h", "--help"} & {*rest}:
         parser.print_help()
@@ -164,6 +159,17 @@ def _plot(path: str, lengths: Int64s, cutoff: int) -> None:
         figure.savefig(path, dpi=150)
     except ValueError as error:
         raise RequestError([f"--plot: {path}: {error}"]) from None
+
+
+def _parser() -> argparse.ArgumentParser:
+    """What is this command's own; everything else is a setting."""
+    parser = argparse.ArgumentParser(
+        "python -m minilora.preview", add_help=False, allow_abbrev=False
+    )
+    parser.add_argument("--samples", type=int, default=3, help="how many documents to show [3]")
+    parser.add_argument("--num_gpus", type=int, default=1, help="that will train [1]")
+    parser.add_argument("--plot", metavar="FILE.png", help="draw the lengths of the documents")
+    return parser
 
 
 if __name__ == "__main__":
