@@ -13,7 +13,6 @@ from minilora.config.fields import BOOLEANS, kind_of, typed
 from minilora.config.known_keys import (
     IGNORED,
     IGNORED_PREFIXES,
-    NOT_YET,
     OFF,
     REFUSED,
     asks_for_nothing,
@@ -23,6 +22,7 @@ from minilora.config.settings_file import NULL, Given, Raw, read_file
 REQUIRED: Mapping[str, tuple[str, ...]] = {
     "train": ("model_name_or_path", "dataset", "output_dir"),
     "plan": ("model_name_or_path",),
+    "preview": ("model_name_or_path", "dataset"),
 }
 COMMAND_LINE = "command line"
 
@@ -141,12 +141,6 @@ def _sort_out(given: dict[str, Given]) -> tuple[dict[str, Given], list[str], lis
                 notices.append(
                     "neat_packing means packing: packed documents never see each other here"
                 )
-        elif key in NOT_YET:
-            if not asks_for_nothing(value.raw, OFF):
-                problems.append(
-                    f"{where}: {value.raw!r} asks for {NOT_YET[key]}, "
-                    "which this version does not do yet; remove the key"
-                )
         elif key in REFUSED:
             harmless, remedy = REFUSED[key]
             if not asks_for_nothing(value.raw, harmless):
@@ -154,7 +148,7 @@ def _sort_out(given: dict[str, Given]) -> tuple[dict[str, Given], list[str], lis
         elif key in IGNORED or key.startswith(IGNORED_PREFIXES):
             ignored.append(key)
         else:
-            known = [*names, "neat_packing", *NOT_YET, *REFUSED, *IGNORED]
+            known = [*names, "neat_packing", *REFUSED, *IGNORED]
             close = difflib.get_close_matches(key, known, n=1)
             hint = f"did you mean {close[0]}?" if close else "--help lists every key"
             problems.append(f"{where} is not a known key: {hint}")

@@ -30,11 +30,12 @@ from minilora.files.snapshot import check_room, claimed, find_snapshot, last_sna
 from minilora.files.weights import read_checkpoint, read_config
 from minilora.model.lora_shape import LoraShape
 from minilora.model.shape import LlamaShape
+from minilora.run.curves import LOG
 from minilora.run.ds_config import Facts, find_ds_config, resolve_ds_config
 from minilora.run.engine import Engine, Plan
 from minilora.run.loop import Job, train
 from minilora.run.memory import is_out_of_memory, phase_of
-from minilora.run.report import LOG, Report, Totals
+from minilora.run.report import Report, Totals
 from minilora.run.resume import start_of
 from minilora.run.stop import Lasting, Stopped, stopping_at_once
 from minilora.run.world import World, wants_bf16
@@ -95,7 +96,7 @@ def run_in(world: World, settings: Settings, plan: Plan) -> None:
     options = settings.train
     documents, validation, notes = _documents(world, settings)
     with world.agreed():
-        snapshot, start, saved = start_of(settings, plan, documents)
+        snapshot, start, saved = start_of(settings, plan, documents, validation)
     schedule = Schedule(
         documents.lengths,
         seed=options.seed,
@@ -122,8 +123,7 @@ def run_in(world: World, settings: Settings, plan: Plan) -> None:
     with Report(options, schedule.total_steps, world.rank == 0, totals) as report:
         start = replace(start, info=info)
         job = Job(settings, documents, schedule, plan.lora, start, validation)
-        train(world, engine, job, report)
-        report.finish()
+        report.finish(**train(world, engine, job, report).results)
         report.message(f"the adapter is in {options.output_dir}")
 
 

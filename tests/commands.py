@@ -96,7 +96,9 @@ def parse_module(module: str, words: list[str]) -> None:
             read_settings(words, command)
         case "plan":
             assert importlib.import_module(module).main(words) != 2, words
-        case "generate" | "merge":
+        case "preview":
+            read_settings(parser_of(module).parse_known_args(words)[1], command)
+        case "generate" | "merge" | "plot":
             parser_of(module).parse_args(words)
         case "benchmarks.speed" | "benchmarks.memory":
             importlib.import_module(module).read(words)

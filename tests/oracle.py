@@ -12,6 +12,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from minilora.arguments import read_settings
+from minilora.data.prepare import prepare
+
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -51,3 +54,22 @@ def document_loss_sum(model: Any, token_ids: Tensor, labels: Tensor) -> Tensor:
     """Summed cross-entropy of one document; labels are already shifted, -100 means none."""
     logits = model(token_ids[None]).logits[0].float()
     return F.cross_entropy(logits, labels, ignore_index=-100, reduction="sum")
+
+
+def validation_of(job: dict[str, Any]) -> tuple[float, float]:
+    """Loss and accuracy per label of a job's validation rows, by PEFT with the adapter it left."""
+    settings = read_settings([f"--{key}={value}" for key, value in job.items()], "train")
+    held = prepare(settings, colour=False).validation
+    base = base_model(Path(job["model_name_or_path"]))
+    model = PeftModel.from_pretrained(base, job["output_dir"])
+    total, right = 0.0, 0
+    for begin, end in zip(held.offsets[:-1], held.offsets[1:], strict=True):
+        ids = torch.from_numpy(held.tokens[begin:end].astype("int64"))
+        mask = torch.from_numpy(held.trained[begin:end].copy())
+        labels = torch.cat([torch.where(mask, ids, -100)[1:], torch.tensor([-100])])
+        with torch.no_grad():
+            total += float(document_loss_sum(model, ids, labels))
+            right += int((model(ids[None]).logits[0].argmax(-1) == labels).sum())
+    count = int(held.labelled.sum())
+    assert count > 50
+    return total / count, right / count

@@ -17,7 +17,7 @@ from minilora.config import (
     all_settings,
 )
 from minilora.config.fields import kind_of
-from minilora.config.known_keys import IGNORED, NOT_YET, REFUSED
+from minilora.config.known_keys import IGNORED, REFUSED
 
 NEEDED = "model_name_or_path: base\ndataset: rows.json\noutput_dir: out\n"
 
@@ -161,15 +161,6 @@ def test_a_dash_is_an_underscore_on_the_command_line(tmp_path: Path) -> None:
     assert read(tmp_path, NEEDED, "--lora-rank", "4").method.lora_rank == 4
 
 
-@pytest.mark.parametrize("key", NOT_YET)
-def test_keys_of_later_versions(tmp_path: Path, key: str) -> None:
-    for harmless in ("false", "False", "no", "none", "null", "0", "0.0", "[]", ""):
-        assert read(tmp_path, f"{NEEDED}{key}: {harmless}\n").notices == ()
-    (problem,) = problems_of(tmp_path, f"{NEEDED}{key}: steps\n")
-    assert problem.startswith(f"{key} ({tmp_path / 'run.yaml'}:4): 'steps' asks for {NOT_YET[key]}")
-    assert problem.endswith("remove the key")
-
-
 @pytest.mark.parametrize("key", REFUSED)
 def test_refused_keys_have_harmless_values(tmp_path: Path, key: str) -> None:
     for harmless in ("null", *REFUSED[key][0].split()):
@@ -180,7 +171,7 @@ def test_refused_keys_have_harmless_values(tmp_path: Path, key: str) -> None:
 
 def test_no_key_has_two_fates() -> None:
     settings = {item.name for _, item in all_settings()}
-    groups = [settings, set(NOT_YET), set(REFUSED), set(IGNORED)]
+    groups = [settings, set(REFUSED), set(IGNORED)]
     assert len(set().union(*groups)) == sum(len(group) for group in groups)
 
 
@@ -195,7 +186,7 @@ def test_everything_is_reported_at_once(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     found = problems_of(
         tmp_path,
-        "lora_rank: 0\nlora_rnak: 8\ncompute_accuracy: true\nlora_rank: 0\n"
+        "lora_rank: 0\nlora_rnak: 8\nfull_determinism: true\nlora_rank: 0\n"
         "quantization_bit: 4\nbf16: x\n",
         *("--learning_rate", "0", "stray", "--seed"),
     )
@@ -204,7 +195,7 @@ def test_everything_is_reported_at_once(tmp_path: Path) -> None:
         "--seed (command line): a value is missing: --seed VALUE",
         f"lora_rank ({path}:4) stands already at {path}:1",
         f"lora_rnak ({path}:2) is not a known key",
-        f"compute_accuracy ({path}:3): 'true' asks for accuracy",
+        f"full_determinism ({path}:3): 'true' is not supported",
         f"quantization_bit ({path}:5): '4' is not supported",
         f"bf16 ({path}:6): 'x' is not true or false",
         f"lora_rank ({path}:4): 0 must be at least 1",

@@ -7,6 +7,7 @@ import importlib
 import io
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -29,12 +30,13 @@ from runs import make_ground
 
 from minilora.arguments import read_settings
 from minilora.config import all_settings
-from minilora.config.known_keys import IGNORED, IGNORED_PREFIXES, NOT_YET, REFUSED
+from minilora.config.known_keys import IGNORED, IGNORED_PREFIXES, REFUSED
 from minilora.data.prepare import prepare
 from minilora.files.weights import read_checkpoint
 from minilora.model.lora_shape import LoraShape
 from minilora.model.shape import LlamaShape
 
+DEMO = Path("examples/demo/demo.yaml")
 READMES = [ROOT / "README.md", ROOT / "README.zh-CN.md"]
 DOCS = [*READMES, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
@@ -138,7 +140,7 @@ def test_links_and_paths_lead_somewhere(path: Path) -> None:
 @pytest.mark.parametrize("path", DOCS, ids=lambda path: path.name)
 def test_options_in_the_text_exist(path: Path) -> None:
     known = {f"--{item.name}" for _, item in all_settings()} | {"--module"}
-    for module in ("minilora.generate", "minilora.merge"):
+    for module in ("minilora.generate", "minilora.merge", "minilora.plot", "minilora.preview"):
         known |= set(parser_of(module)._option_string_actions)
     for span in spans(text_of(path)):
         if span.startswith("--"):
@@ -153,7 +155,7 @@ def rows(path: Path) -> list[list[str]]:
 
 @pytest.mark.parametrize("path", READMES, ids=lambda path: path.name)
 def test_every_setting_is_listed_once(path: Path) -> None:
-    listed = [key for row in rows(path)[3:] for key in row]
+    listed = [key for row in rows(path)[2:] for key in row]
     assert sorted(listed) == sorted(item.name for _, item in all_settings())
     ours = {item.name for _, item in all_settings() if item.metadata["help"].startswith("Ours")}
     assert set(rows(path)[-1]) == ours
@@ -161,10 +163,9 @@ def test_every_setting_is_listed_once(path: Path) -> None:
 
 @pytest.mark.parametrize("path", READMES, ids=lambda path: path.name)
 def test_other_keys_have_the_fate_that_is_told(path: Path) -> None:
-    ignored, refused, later = rows(path)[:3]
+    ignored, refused = rows(path)[:2]
     assert all(key in IGNORED or key.startswith(IGNORED_PREFIXES) for key in ignored)
     assert set(refused) <= REFUSED.keys()
-    assert set(later) <= NOT_YET.keys()
 
 
 @cache
@@ -253,23 +254,39 @@ def test_the_predicted_memory_is_what_the_plan_says(
 def test_the_demo_commands_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """All of generate and merge, after a tiny checkpoint and an adapter; and the demo's facts."""
+    """All that a newcomer types, after a tiny checkpoint and an adapter; and the demo's facts."""
     monkeypatch.chdir(tmp_path)
     model = tmp_path / "outputs" / "tiny"
     assert importlib.import_module("minilora.tiny").main([str(model)]) == 0
     ground = make_ground(tmp_path, {"demo": model})
     ground.adapters["demo"].rename(tmp_path / "outputs" / "demo")
     (tmp_path / "examples").symlink_to(ROOT / "examples")
+    (tmp_path / "prompts.txt").write_text("What is a tile?\n", encoding="utf-8")
     ran = []
     for command in fenced_commands(text_of(READMES[0])):
         words: Sequence[str] = shlex.split(command)
-        if words[:2] == ["python", "-m"] and words[2] in ("minilora.generate", "minilora.merge"):
+        if words[:2] != ["python", "-m"] or not {"outputs/tiny", str(DEMO), "outputs/demo"} & {
+            *words
+        }:
+            continue
+        ran.append(words[2])
+        if words[2] == "minilora.train":
+            done = subprocess.run([sys.executable, *words[1:]], capture_output=True, text=True)
+            assert done.returncode == 0 and "best: step " in done.stderr, done.stderr
+            log = tmp_path / "outputs" / "best" / "trainer_log.jsonl"
+            shutil.copy(log, tmp_path / "outputs" / "demo")  # its run was not done here
+        else:
             monkeypatch.setattr("sys.stdin", io.StringIO("exit\n"))
             assert importlib.import_module(words[2]).main(words[3:]) == 0, command
-            ran.append(words[2])
-    assert set(ran) == {"minilora.generate", "minilora.merge"}
-    assert (tmp_path / "outputs" / "demo-merged" / "config.json").exists()
+    commands_run = {"train", "plot", "preview", "generate", "merge"}
+    assert {name.removeprefix("minilora.") for name in ran} == commands_run
+    for made in ("demo-merged/config.json", "demo-served/adapter_config.json", "runs.png"):
+        assert (tmp_path / "outputs" / made).exists()
+    assert (tmp_path / "answers.jsonl").exists()
     capsys.readouterr()
+    assert importlib.import_module("minilora.preview").main([str(DEMO)]) == 0
+    (lengths,) = [body for _, body in fences(text_of(READMES[0])) if "so far" in body]
+    assert lengths in capsys.readouterr().out
     total = read_checkpoint(model).total_bytes / 1e9
     settings = read_settings(["examples/demo/demo.yaml"], "train")
     for fact in (f"read {total / 2:.4g} of {total:.4g} GB", prepare(settings, False).summary):

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from oracle import base_model, document_loss_sum
-from peft import PeftModel
+from oracle import validation_of
 from runs import Ground, adapter, log, run_jobs, stage_file, write_rows
 
 from minilora.arguments import read_settings
@@ -41,13 +41,21 @@ def validated(ground: Ground, launch: Callable[..., tuple[int, str]]) -> Jobs:
     jobs["share"] = {**jobs["1"], "eval_dataset": "", "val_size": 0.2}
     jobs["share"] |= {"output_dir": str(ground.folder / "validated-share"), "max_steps": 2}
     del jobs["share"]["eval_dataset"]
+    still = {**common, "max_steps": 1, "learning_rate": 1e-30}  # all score the start's adapter
+    jobs["still"] = ground.job("still", "tiny", **still, deepspeed=jobs["1"]["deepspeed"])
+    small = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "tile_tokens": 40}
+    jobs["small"] = {**jobs["still"], **small, "gather_tokens": 70, "packing": True}
+    jobs["small-3"] = {**jobs["small"], "deepspeed": jobs["3"]["deepspeed"]}
+    for name in ("small", "small-3"):
+        jobs[name]["output_dir"] = str(ground.folder / name)
     jobs["none"] = {
         **jobs["dropout"],
         "eval_strategy": "no",
         "output_dir": str(ground.folder / "unseen"),
     }
-    run_jobs(launch, 1, [jobs[name] for name in ("1", "dropout", "share", "none")])
-    run_jobs(launch, 3, [jobs["3"]])
+    names = ("1", "dropout", "share", "none", "still", "small")
+    run_jobs(launch, 1, [jobs[name] for name in names])
+    run_jobs(launch, 3, [jobs["3"], jobs["small-3"]])
     return jobs
 
 
@@ -58,25 +66,11 @@ def scores(job: dict[str, Any], key: str) -> list[float]:
 
 def test_loss_perplexity_and_accuracy_are_those_of_peft(validated: Jobs) -> None:
     job = validated["dropout"]
-    settings = read_settings([f"--{key}={value}" for key, value in job.items()], "train")
-    held = prepare(settings, colour=False).validation
-    model = PeftModel.from_pretrained(
-        base_model(Path(job["model_name_or_path"])), job["output_dir"]
-    )
-    total, right = 0.0, 0
-    for begin, end in zip(held.offsets[:-1], held.offsets[1:], strict=True):
-        ids = torch.from_numpy(held.tokens[begin:end].astype("int64"))
-        mask = torch.from_numpy(held.trained[begin:end].copy())
-        labels = torch.cat([torch.where(mask, ids, -100)[1:], torch.tensor([-100])])
-        with torch.no_grad():
-            total += float(document_loss_sum(model, ids, labels))
-            right += int((model(ids[None]).logits[0].argmax(-1) == labels).sum())
-    count = int(held.labelled.sum())
-    assert count > 50
+    loss, accuracy = validation_of(job)
     assert scores(job, "current_steps")[-1] == 4
-    assert scores(job, "eval_loss")[-1] == pytest.approx(total / count, rel=1e-6)
-    assert scores(job, "eval_accuracy")[-1] == pytest.approx(right / count, abs=1e-9)
-    perplexity = torch.tensor(total / count).exp().item()
+    assert scores(job, "eval_loss")[-1] == pytest.approx(loss, rel=1e-6)
+    assert scores(job, "eval_accuracy")[-1] == pytest.approx(accuracy, abs=1e-9)
+    perplexity = math.exp(loss)
     assert scores(job, "eval_perplexity")[-1] == pytest.approx(perplexity, rel=1e-4)
 
 
@@ -84,6 +78,12 @@ def test_any_number_of_ranks_and_stage_gives_the_same_loss(validated: Jobs) -> N
     one, three = scores(validated["1"], "eval_loss"), scores(validated["3"], "eval_loss")
     assert len(one) == len(three) == 2
     assert one == pytest.approx(three, rel=1e-6)
+
+
+def test_batch_packing_and_tiles_do_not_change_the_loss(validated: Jobs) -> None:
+    (expected,) = scores(validated["still"], "eval_loss")
+    for name in ("small", "small-3"):
+        assert scores(validated[name], "eval_loss") == pytest.approx([expected], rel=1e-6)
 
 
 def test_validation_changes_no_step(validated: Jobs) -> None:

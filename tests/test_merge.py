@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -83,6 +84,40 @@ def test_half_precision_is_rounded_once(tmp_path: Path, dtype: str, bits: int) -
             assert ((new[name].double() - exact).abs() <= limit).all()
             changed += int((new[name] != tensor).sum())
     assert changed > 1000
+    # Its logits are those of PEFT's own merge in fp32, every weight of which is rounded once.
+    peft = PeftModel.from_pretrained(model_of(folder), adapter)
+    adapted, merged = logits(peft), peft.merge_and_unload()
+    for name, parameter in merged.named_parameters():
+        if name in old:
+            parameter.data = parameter.data.to(old[name].dtype).float()
+    found, expected = logits(model_of(tmp_path / "merged")), logits(merged)
+    off = (expected - adapted).abs().max()  # what the rounding makes
+    torch.testing.assert_close(found, expected, atol=0.02 * float(off), rtol=0)
+
+
+@pytest.mark.parametrize("at", [0, -1])
+def test_what_the_disk_does_not_keep_is_found_and_nothing_is_left(
+    tiny: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    at: int,
+) -> None:
+    adapter, sync = make(tiny, tmp_path / "adapter", **PLAIN), os.fsync
+
+    def spoil(handle: int) -> None:
+        place = at % os.fstat(handle).st_size
+        with open(f"/proc/self/fd/{handle}", "r+b") as file:
+            file.seek(place)
+            byte = file.read(1)[0]
+            file.seek(place)
+            file.write(bytes([byte ^ 1]))
+        sync(handle)
+
+    monkeypatch.setattr(os, "fsync", spoil)
+    assert merge(tiny, adapter, tmp_path / "merged") == 1
+    assert "does not read back as it was written; check the disk" in capsys.readouterr().err
+    assert list((tmp_path / "merged").iterdir()) == []
 
 
 def test_what_no_adapter_touches_is_the_same_to_the_byte(base: Path, tmp_path: Path) -> None:

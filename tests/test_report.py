@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from minilora.config import TrainSettings
-from minilora.run.report import Report, StepRecord, Totals, draw_loss, read_log, smooth
+from minilora.run.curves import read_log
+from minilora.run.report import Report, StepRecord, Totals
 
 # What CONTRACT promises, in LLaMA-Factory's order where it has the key.
 KEYS = [
@@ -226,19 +227,3 @@ def test_without_matplotlib(
     assert "training_loss.png is not drawn: pip install 'minilora[plot]'" in capfd.readouterr().err
     assert (tmp_path / "train_results.json").exists()
     assert not (tmp_path / "training_loss.png").exists()
-
-
-def test_log_lines_that_are_no_steps_are_left_out(tmp_path: Path) -> None:
-    path = tmp_path / "trainer_log.jsonl"
-    path.write_bytes(b'{"current_steps": 1, "loss": 2.0}\n[1]\n7\n\n{"loss": 1}\n\xff\n{"curr')
-    assert read_log(path) == [{"current_steps": 1, "loss": 2.0}]
-    assert draw_loss(tmp_path)
-
-
-def test_smooth_keeps_a_straight_line_and_calms_noise() -> None:
-    line = [0.5 * step for step in range(200)]
-    assert smooth(line) == pytest.approx(line)
-    noise = [1.0 if step % 2 else -1.0 for step in range(200)]
-    assert max(map(abs, smooth(noise)[10:-10])) < 0.1
-    assert smooth([]) == []
-    assert smooth([3.0]) == [3.0]

@@ -154,6 +154,15 @@ class TrainSettings:
     report_to: tuple[str, ...] = setting(
         ("none",), "Send the figures there too; the program's package must be installed.",
         choices=("none", "tensorboard", "wandb", "comet_ml"))
+    load_best_model_at_end: bool = setting(
+        False, "Leave the adapter that validated best in output_dir, not the last one.")
+    metric_for_best_model: str | None = setting(
+        None, "By what the best is found. Default: eval_loss.",
+        choices=("eval_loss", "loss", "eval_accuracy", "accuracy"))
+    greater_is_better: bool | None = setting(
+        None, "Whether more of that metric is better. Default: yes, unless it is a loss.")
+    early_stopping_steps: int | None = setting(
+        None, "Stop after this many validations in a row without a better one.", at_least=1)
     plot_loss: bool = setting(True, "Draw training_loss.png (on is ours; needs matplotlib).")
     deepspeed: str | None = setting(
         None, "DeepSpeed's JSON file. Default: the zero3.json that comes with minilora.")
@@ -170,6 +179,18 @@ class TrainSettings:
     offload_activations: bool = setting(
         False, "Ours: keep the blocks' inputs in host memory between forward and backward.")
     verbose_deepspeed: bool = setting(False, "Ours: print DeepSpeed's own log lines too.")
+
+    @property
+    def eval_every(self) -> int:
+        """eval_steps, or its default of logging_steps."""
+        return self.eval_steps or self.logging_steps
+
+    @property
+    def judged_by(self) -> tuple[str, bool]:
+        """The metric that says which model is best, as in the log, and whether more is better."""
+        key = "eval_" + (self.metric_for_best_model or "loss").removeprefix("eval_")
+        greater = self.greater_is_better
+        return key, not key.endswith("loss") if greater is None else greater
 # fmt: on
 
 
@@ -219,6 +240,9 @@ class Settings:
         data, targets, name = self.data, self.method.lora_target, self.name_of
         held_out = bool(data.eval_dataset or data.val_size)
         gather, tile = self.train.gather_tokens, self.train.tile_tokens
+        train, judges = self.train, "load_best_model_at_end"
+        validates = train.eval_strategy != "no"
+        loads = train.load_best_model_at_end and validates
         wrong = {
             f"{name('mask_history')} and {name('train_on_prompt')} contradict each other: "
             "set one of them to false": data.mask_history and data.train_on_prompt,
@@ -233,6 +257,17 @@ class Settings:
                 self.train.eval_strategy != "no" and not held_out,
             f"{name('eval_dataset')} and {name('val_size')}: give one of them":
                 bool(data.eval_dataset and data.val_size),
+            f"{name('early_stopping_steps')} counts validations: set eval_strategy":
+                bool(train.early_stopping_steps) and not validates,
+            f"{name(judges)} needs validations: set eval_strategy":
+                train.load_best_model_at_end and not validates,
+            # The next two are the HF Trainer's.
+            f"{name(judges)}: {name('save_strategy')} and {name('eval_strategy')} must be the same":
+                loads and train.save_strategy != train.eval_strategy,
+            f"{name(judges)}: {name('save_steps')} must be a multiple of eval_steps, which is "
+            f"{train.eval_every}":
+                loads and train.save_strategy == train.eval_strategy == "steps"
+                and train.save_steps % train.eval_every > 0,
         }  # fmt: skip
         return [problem for problem, found in wrong.items() if found]
 

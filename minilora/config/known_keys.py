@@ -1,6 +1,6 @@
 """Keys of LLaMA-Factory and the Hugging Face Trainer that are no settings here, and their fate.
 
-A key of NOT_YET or REFUSED is an error unless its value asks for nothing; a key of IGNORED changes
+A key of REFUSED is an error unless its value asks for nothing; a key of IGNORED changes
 nothing about what is learned, so it is listed in one line and dropped.
 """
 
@@ -8,18 +8,6 @@ from collections.abc import Mapping
 
 OFF = "false no none off 0 0.0"
 ON = "true yes on 1"
-
-# Key -> what a value other than OFF asks for. Remove the key here when it becomes a setting.
-NOT_YET: Mapping[str, str] = {
-    key: feature
-    for keys, feature in (
-        ("compute_accuracy", "accuracy on validation data"),
-        ("evaluation_strategy", "validation: the key is eval_strategy now"),
-        ("early_stopping_steps", "early stopping"),
-        ("load_best_model_at_end", "choosing the best snapshot"),
-    )
-    for key in keys.split()
-}
 
 # Key -> (values that ask for nothing, what to do instead of any other value).
 REFUSED: Mapping[str, tuple[str, str]] = {
@@ -34,6 +22,7 @@ REFUSED: Mapping[str, tuple[str, str]] = {
         ("dataloader_drop_last", OFF, "every row is used; remove the key"),
         ("do_predict predict_with_generate", OFF, "use minilora.generate after the training"),
         ("do_train", ON, "set it to true; minilora.generate answers, minilora.plan plans"),
+        ("evaluation_strategy", OFF, "the key is eval_strategy now"),
         ("finetuning_type", "lora", "set it to lora, the only kind trained here"),
         ("fp16 fp8", OFF, "use bf16: true"),
         ("fsdp use_kt use_mca", OFF, "use deepspeed, which splits the weights over the GPUs"),
@@ -73,16 +62,16 @@ REFUSED: Mapping[str, tuple[str, str]] = {
 IGNORED = frozenset(
     """
     accelerator_config audio_sampling_rate average_tokens_across_devices bf16_full_eval buffer_size
-    cache_dir crop_to_patches ddp_backend ddp_broadcast_buffers ddp_bucket_cap_mb
+    cache_dir compute_accuracy crop_to_patches ddp_backend ddp_broadcast_buffers ddp_bucket_cap_mb
     ddp_find_unused_parameters ddp_static_graph debug disable_tqdm do_sample double_quantization
     dpo_label_smoothing enable_liger_kernel enable_thinking eval_accumulation_steps eval_delay
     eval_do_concat_batches eval_num_beams eval_on_each_dataset eval_on_start
     eval_use_gather_object do_eval fp16_full_eval fsdp_config gradient_checkpointing
-    gradient_checkpointing_kwargs greater_is_better group_by_length hf_hub_token ignore_data_skip
+    gradient_checkpointing_kwargs group_by_length hf_hub_token ignore_data_skip
     ignore_pad_token_for_loss label_names ld_alpha length_column_name length_penalty
     liger_kernel_config log_level log_level_replica log_on_each_node logging_dir logging_first_step
     logging_nan_inf_filter loraplus_lr_embedding low_cpu_mem_usage max_new_tokens media_dir
-    metric_for_best_model model_revision module_dropout moe_aux_loss_coef ms_hub_token num_beams
+    model_revision module_dropout moe_aux_loss_coef ms_hub_token num_beams
     offload_folder om_hub_token optim_target_modules overwrite_cache per_device_eval_batch_size
     pissa_convert pissa_iter placement_strategy prediction_loss_only print_param_status
     quantization_device_map quantization_method quantization_type remove_unused_columns

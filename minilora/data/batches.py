@@ -45,6 +45,13 @@ class Documents:
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
+    def __getitem__(self, index: int) -> tuple[Int32s, Bools]:
+        """Tokens of one document and whether each is trained: (N,) int32, (N,) bool."""
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        part = slice(self.offsets[index], self.offsets[index + 1])
+        return self.tokens[part], self.trained[part]
+
     @property
     def lengths(self) -> Int64s:
         """Tokens per document: (n,) int64."""

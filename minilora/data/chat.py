@@ -41,11 +41,12 @@ class Template:
         """Per conversation its tokens (N,) int32, and whether each is trained (N,) bool.
 
         Answers are trained with what ends them. Too long conversations are cut as LLaMA-Factory
-        does it, each by `fit`; those without a target then are left out, and counted.
+        does it, each by `fit`; those without a target then are left out; both are counted.
         Raises RequestError if too many are left out.
         """
         encoded: list[Encoded] = []
         dropped: list[tuple[str, str]] = []
+        cut: list[int] = []
         for chunk in _chunks(conversations):
             rendered: list[tuple[Rendered, str]] = []
             for conversation in chunk:
@@ -64,9 +65,10 @@ class Template:
                 )
                 if result[1][1:].any():
                     encoded.append(result)
+                    cut += [len(tokens) - len(result[0])] * (len(tokens) > len(result[0]))
                 else:
                     dropped.append((f"no answer left within cutoff_len {cutoff_len}", source))
-        return encoded, Tally.of(len(encoded), dropped)
+        return encoded, Tally.of(len(encoded), dropped, cut)
 
     def prompt(self, turns: Sequence[Turn]) -> list[int]:
         """Tokens up to where the next answer starts. Raises ValueError if an answer is last."""

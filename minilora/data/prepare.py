@@ -17,12 +17,16 @@ from minilora.data.tokenizer import Tokenizer, load_tokenizer
 
 @dataclass(frozen=True)
 class Prepared:
-    """Documents to train on and to validate with, what was used and dropped, and the first one."""
+    """Documents to train on and to validate with; what was used and dropped, in words.
+
+    sample: the first one, see `show`. tokenizer: that of the base model, to show others.
+    """
 
     documents: Documents
     validation: Documents
     summary: str
     sample: str
+    tokenizer: Tokenizer
 
 
 def prepare(settings: Settings, colour: bool) -> Prepared:
@@ -36,8 +40,9 @@ def prepare(settings: Settings, colour: bool) -> Prepared:
     tokenizer = load_tokenizer(folder)
     encoded, tally = _encode(settings, data.dataset, tokenizer)
     held_out: list[Encoded] = []
+    held_tally = None
     if data.eval_dataset:
-        held_out, _ = _encode(settings, data.eval_dataset, tokenizer)
+        held_out, held_tally = _encode(settings, data.eval_dataset, tokenizer)
     elif data.val_size:
         encoded, held_out = _hold_out(encoded, data.val_size, settings.train.seed)
     documents, validation = Documents.of(encoded), Documents.of(held_out)
@@ -54,8 +59,10 @@ def prepare(settings: Settings, colour: bool) -> Prepared:
         f"{tally.summary()}; {len(documents)} documents, {len(documents.tokens):,} tokens, "
         f"{int(documents.labelled.sum()):,} of them trained"
         + (f"; {len(validation)} documents to validate with" if held_out else "")
+        + (f" ({held_tally.summary()})" if held_tally else "")
     )
-    return Prepared(documents, validation, summary, show(tokenizer, encoded[0], colour))
+    sample = show(tokenizer, encoded[0], colour)
+    return Prepared(documents, validation, summary, sample, tokenizer)
 
 
 def _encode(

@@ -31,13 +31,17 @@ PLACES_SHOWN = 3
 
 @dataclass(frozen=True)
 class Tally:
-    """How many rows are used, and for each reason to drop rows, the places of those rows."""
+    """How many rows are used, and for each reason to drop rows, the places of those rows.
+
+    cut: of the rows that are used but too long, how many tokens each lost.
+    """
 
     kept: int
     dropped: Mapping[str, tuple[str, ...]]
+    cut: tuple[int, ...] = ()
 
     @classmethod
-    def of(cls, kept: int, dropped: Iterable[tuple[str, str]]) -> "Tally":
+    def of(cls, kept: int, dropped: Iterable[tuple[str, str]], cut: Iterable[int] = ()) -> "Tally":
         """Sort (reason, place) pairs by reason.
 
         Raises RequestError if no row is left, or more than 1 % (and more than five) are dropped.
@@ -45,7 +49,7 @@ class Tally:
         places: dict[str, list[str]] = {}
         for reason, place in dropped:
             places.setdefault(reason, []).append(place)
-        tally = cls(kept, {reason: tuple(found) for reason, found in places.items()})
+        tally = cls(kept, {reason: tuple(found) for reason, found in places.items()}, tuple(cut))
         bad = sum(map(len, places.values()))
         if kept == 0:
             raise RequestError([f"no usable rows: {tally.summary()}"])
@@ -58,15 +62,19 @@ class Tally:
         places = dict(self.dropped)
         for reason, more in later.dropped.items():
             places[reason] = places.get(reason, ()) + more
-        return Tally(later.kept, places)
+        return Tally(later.kept, places, later.cut)
 
     def summary(self) -> str:
-        """One line: rows used, rows dropped, and why, with the first places."""
+        """One line: rows used, rows dropped, and why, with the first places; rows cut."""
         count = sum(map(len, self.dropped.values()))
-        return f"{self.kept} rows used, {count} dropped" + "".join(
-            f"; {len(places)}: {reason} ({', '.join(places[:PLACES_SHOWN])}"
-            f"{', ...' if len(places) > PLACES_SHOWN else ''})"
-            for reason, places in self.dropped.items()
+        return (
+            f"{self.kept} rows used, {count} dropped"
+            + "".join(
+                f"; {len(places)}: {reason} ({', '.join(places[:PLACES_SHOWN])}"
+                f"{', ...' if len(places) > PLACES_SHOWN else ''})"
+                for reason, places in self.dropped.items()
+            )
+            + f"; {len(self.cut)} cut, by {sum(self.cut):,} tokens in all" * bool(self.cut)
         )
 
 

@@ -33,13 +33,14 @@ class State:
     """Where a run stands.
 
     step: optimizer steps done; rows: documents consumed since the start, all epochs together;
-    totals: sums of the log; same: settings and fingerprints that must not change, by name;
-    info: what may change, for people (ranks, stage, versions).
+    totals: sums of the log; best: a run.best.Best; same: settings and fingerprints that must not
+    change, by name; info: what may change, for people (ranks, stage, versions).
     """
 
     step: int
     rows: int
     totals: dict[str, Any]
+    best: dict[str, Any]
     same: dict[str, Any]
     info: dict[str, Any]
 
@@ -69,16 +70,19 @@ def write_snapshot(
     return final
 
 
-def prune(output: Path, keep: int | None, newest: Path) -> None:
+def prune(output: Path, keep: int | None, newest: Path, best: Path | None = None) -> None:
     """Delete the oldest snapshots beyond `keep`, and what dying runs left half written.
 
-    Those with greater numbers than the newest are leftovers of an earlier run, older than all.
+    Those with greater numbers than the newest are leftovers of an earlier run, older than all. The
+    newest and the best (an absolute path) stay, as in the HF Trainer, even where `keep` is one.
     """
     for draft in output.glob(f"{PREFIX}*{DRAFT}"):
         shutil.rmtree(draft)
     found = _snapshots(output)
     found = [*found[found.index(newest) + 1 :], *found[: found.index(newest) + 1]]
-    for folder in found[: -keep if keep else 0]:
+    old = [folder for folder in found if folder != newest and folder.resolve() != best]
+    spared = max((keep or len(found)) - (len(found) - len(old)), 0)
+    for folder in old[: -spared or None]:
         shutil.rmtree(folder)
 
 

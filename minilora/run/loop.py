@@ -13,12 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from minilora.config import RunError, Settings
+from minilora.config import RequestError, RunError, Settings
 from minilora.data.batches import Documents, Place, Step, TileLimits, build_step
 from minilora.data.schedule import Schedule
-from minilora.files.adapter import check_adapter, write_adapter
-from minilora.files.snapshot import State, prune, write_snapshot
+from minilora.files.adapter import check_adapter, read_adapter, write_adapter
+from minilora.files.snapshot import State, prune, snapshot_folder, write_snapshot
 from minilora.model.lora_shape import LoraShape
+from minilora.run.best import Best
 from minilora.run.engine import Engine
 from minilora.run.learning_rate import learning_rate
 from minilora.run.memory import read_memory
@@ -49,29 +50,41 @@ class Job:
         return Path(self.settings.model.model_name_or_path)
 
 
-def train(world: World, engine: Engine, job: Job, report: Report) -> None:
+def train(world: World, engine: Engine, job: Job, report: Report) -> Best:
     """Run all steps, take snapshots on the way, and leave a checked adapter in output_dir.
 
-    Raises, on every rank, RunError for a loss or gradient that is not finite, a disk that cannot
-    be written, or an adapter that did not learn; Stopped after a signal, the snapshot written.
+    Returns the best validation. Raises, on every rank, RunError for a loss or gradient that is not
+    finite, a disk that cannot be written, or an adapter that did not learn; Stopped after a signal,
+    the snapshot written.
     """
     state, train = job.start, job.settings.train
+    best, patience = Best(**state.best), train.early_stopping_steps or math.inf
     with StopRequest() as stop:
         probe(world, engine, job)
+        if best.due:
+            best = validate(world, engine, job, report, best, state.step)
+            if train.load_best_model_at_end and not Path(best.folder).exists():
+                snapshot(world, engine, job, replace(state, best=vars(best)))
         for step in range(job.start.step, job.schedule.total_steps):
+            if best.since >= patience:
+                report.message(f"stopping early: no validation since step {best.step} was better")
+                break
             record, number = _step(world, engine, job, step, stop)
             state = replace(state, step=step + 1, rows=state.rows + record.documents)
             _on_rank0(world, job, partial(report.step, record), report.writes_at(step + 1))
-            every = train.eval_steps or train.logging_steps
-            if not number and _is_due(job, step, train.eval_strategy, every):
-                scores = evaluate(world, engine, job)
-                _on_rank0(world, job, partial(report.evaluation, record, scores))
-            if number or _is_due(job, step, train.save_strategy, train.save_steps):
-                snapshot(world, engine, job, replace(state, totals=vars(report.totals)))
+            if _is_due(job, step, train.eval_strategy, train.eval_every):
+                best = replace(best, due=True)
+                if not number:
+                    best = validate(world, engine, job, report, best, step + 1)
+            better = train.load_best_model_at_end and best.step == step + 1
+            if number or better or _is_due(job, step, train.save_strategy, train.save_steps):
+                state = replace(state, totals=vars(report.totals), best=vars(best))
+                snapshot(world, engine, job, state)
             if number:
                 name = signal.Signals(number).name
                 raise Stopped(number, f"{name}: stopped after step {step + 1}")
-    finish(world, engine, job)
+    finish(world, engine, job, report, best)
+    return best
 
 
 def probe(world: World, engine: Engine, job: Job) -> None:
@@ -159,6 +172,13 @@ def _share(
     return sum(losses) / world.size, int(max(numbers)), each
 
 
+def validate(world: World, engine: Engine, job: Job, report: Report, best: Best, step: int) -> Best:
+    """Write the scores after a step into the log; return what is best now. Collective."""
+    scores = evaluate(world, engine, job)
+    _on_rank0(world, job, partial(report.evaluation, step, scores))
+    return best.after(step, scores[best.by[0]], str(snapshot_folder(job.output, step).resolve()))
+
+
 def evaluate(world: World, engine: Engine, job: Job) -> dict[str, float]:
     """Loss and accuracy per labelled token of the validation documents. Collective."""
     documents = job.validation
@@ -182,16 +202,22 @@ def snapshot(world: World, engine: Engine, job: Job, state: State) -> None:
     def write() -> None:
         folder = write_snapshot(job.output, state, adapter, moments, job.lora, job.base)
         check_adapter(folder, adapter)
-        prune(job.output, train.save_total_limit, folder)
+        prune(job.output, train.save_total_limit, folder, Path(state.best["folder"]))
 
     _on_rank0(world, job, write)
 
 
-def finish(world: World, engine: Engine, job: Job) -> None:
-    """Write and check the adapter in output_dir. Collective; raises RunError."""
+def finish(world: World, engine: Engine, job: Job, report: Report, best: Best) -> None:
+    """Write and check the adapter, the last or the best. Collective; raises RunError."""
     adapter = dict(engine.trained_tensors())
+    train = job.settings.train
 
     def write() -> None:
+        if train.load_best_model_at_end and best.step:
+            shapes = {name: tuple(tensor.shape) for name, tensor in adapter.items()}
+            adapter.update(read_adapter(Path(best.folder), shapes))
+            metric, _ = train.judged_by
+            report.message(f"best: step {best.step}, with {metric} {best.value:.6g}")
         _check_learned(adapter)
         write_adapter(job.output, adapter, job.lora, job.base)
         check_adapter(job.output, adapter)
@@ -209,7 +235,7 @@ def _on_rank0(world: World, job: Job, work: Callable[[], None], writes: bool = T
             work()
         except OSError as error:
             problem = f"{error.filename or job.output} cannot be written: {error.strerror}"
-        except RunError as error:
+        except (RunError, RequestError) as error:
             problem = str(error)
     problem = world.gather_objects(problem)[0]
     if problem:

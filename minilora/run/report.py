@@ -12,13 +12,13 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
 
 from minilora.config import TrainSettings
+from minilora.run.curves import LOG, PICTURE, draw_loss, read_log
 
-LOG, RESULTS, PICTURE = "trainer_log.jsonl", "train_results.json", "training_loss.png"
+RESULTS = "train_results.json"
 
 
 @dataclass(frozen=True)
@@ -139,17 +139,18 @@ class Report:
         if self.writes_at(record.step):
             self._write_line(record, now)
 
-    def evaluation(self, record: StepRecord, scores: Mapping[str, float]) -> None:
+    def evaluation(self, step: int, scores: Mapping[str, float]) -> None:
         """Write a log line of the validation after a step. Raises OSError."""
         line = {
-            "current_steps": record.step,
+            "current_steps": step,
             "total_steps": self._total_steps,
             **scores,
-            "epoch": record.epoch,
+            "epoch": self.totals.epoch,
         }
         with (self._folder / LOG).open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
-        self.message(", ".join(f"{key} {value:.4f}" for key, value in scores.items()))
+        shown = ", ".join(f"{key} {value:.4f}" for key, value in scores.items())
+        self.message(f"step {step}: {shown}")
 
     def writes_at(self, step: int) -> bool:
         """Whether a log line is due after this step."""
@@ -176,8 +177,8 @@ class Report:
         with (self._folder / LOG).open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
-    def finish(self) -> None:
-        """Close the bar; write train_results.json and draw training_loss.png.
+    def finish(self, **more: float) -> None:
+        """Close the bar; write train_results.json, with more in it, and draw training_loss.png.
 
         Raises OSError when a file cannot be written.
         """
@@ -193,25 +194,16 @@ class Report:
             "train_samples_per_second": _rate(totals.documents - before.documents, runtime),
             "train_steps_per_second": _rate(totals.step - before.step, runtime),
             "total_tokens": totals.tokens,
+            **more,
             **self._memory,
         }
         text = json.dumps(results, indent=4) + "\n"
         (self._folder / RESULTS).write_text(text, encoding="utf-8")
-        if self._train.plot_loss and not draw_loss(self._folder):
-            self.message(f"{PICTURE} is not drawn: pip install 'minilora[plot]'")
-
-
-def read_log(path: Path) -> list[dict[str, Any]]:
-    """The lines of a trainer_log.jsonl; one that a dying run left unfinished is left out."""
-    lines = []
-    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            line = json.loads(text)
-        except json.JSONDecodeError:
-            continue
-        if isinstance(line, dict) and isinstance(line.get("current_steps"), int):
-            lines.append(line)
-    return lines
+        if self._train.plot_loss:
+            try:
+                draw_loss(self._folder)
+            except ImportError:
+                self.message(f"{PICTURE} is not drawn: pip install 'minilora[plot]'")
 
 
 def _cut_log(path: Path, last_step: int) -> None:
@@ -229,43 +221,3 @@ def _rate(count: int, seconds: float) -> float:
 
 def _clock(seconds: float) -> str:
     return str(datetime.timedelta(seconds=int(seconds)))
-
-
-def smooth(values: list[float]) -> list[float]:
-    """A moving average over a twentieth of the run, centred, so that it does not lag behind."""
-    widest, last = len(values) // 40 + 1, len(values) - 1
-    smoothed = []
-    for place in range(len(values)):
-        reach = min(widest, place, last - place)
-        window = values[place - reach : place + reach + 1]
-        smoothed.append(sum(window) / len(window))
-    return smoothed
-
-
-def draw_loss(folder: Path) -> bool:
-    """Draw training_loss.png from trainer_log.jsonl; False when matplotlib is not installed."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return False
-    lines = [line for line in read_log(folder / LOG) if "loss" in line]
-    steps = [line["current_steps"] for line in lines]
-    losses = [line["loss"] for line in lines]
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.subplots()
-    few = "o" if len(steps) < 20 else None
-    axes.plot(steps, losses, color="#9ecae1", linewidth=1, marker=few, label="as logged")
-    axes.plot(steps, smooth(losses), color="#08519c", linewidth=2, label="smoothed")
-    checked = [line for line in read_log(folder / LOG) if "eval_loss" in line]
-    if checked:
-        places = [line["current_steps"] for line in checked]
-        values = [line["eval_loss"] for line in checked]
-        axes.plot(places, values, color="#d94801", linewidth=1.5, marker="o", label="validation")
-    axes.set_xlabel("optimizer step")
-    axes.set_ylabel("loss per labelled token")
-    axes.set_title(f"Training loss: {folder.resolve().name}")
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
-    figure.savefig(folder / PICTURE, dpi=150)
-    return True

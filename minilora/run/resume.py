@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from torch import Tensor
@@ -11,6 +11,7 @@ from minilora.config import RequestError, Settings
 from minilora.data.batches import Documents
 from minilora.files.snapshot import State, differences, find_snapshot, read_state, read_tensors
 from minilora.files.weights import fingerprint
+from minilora.run.best import best_before
 from minilora.run.engine import MOMENTS, Plan
 
 # Settings of training that must not change between a snapshot and the run that goes on from it.
@@ -22,7 +23,7 @@ UNCHANGING = (
 
 
 def start_of(
-    settings: Settings, plan: Plan, documents: Documents
+    settings: Settings, plan: Plan, documents: Documents, validation: Documents
 ) -> tuple[Path | None, State, dict[str, Tensor]]:
     """The snapshot to go on from, where it stood and its tensors; or None and the beginning.
 
@@ -38,9 +39,11 @@ def start_of(
     assert settings.train.output_dir
     output = Path(settings.train.output_dir)
     folder = find_snapshot(output, settings.train.resume_from_checkpoint)
+    state = State(0, 0, {}, {}, same, {}) if folder is None else read_state(folder)
+    best, note = best_before(settings.train, state.best, validation.fingerprint(), folder)
+    state = replace(state, best=vars(best), info=state.info | note)
     if folder is None:
-        return None, State(0, 0, {}, same, {}), {}
-    state = read_state(folder)
+        return None, state, {}
     problems = differences(state, same, folder)
     if problems:
         raise RequestError(problems)

@@ -1,0 +1,65 @@
+"""Runs side by side in one picture: `python -m minilora.plot outputs/one outputs/two`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from minilora.config import RequestError
+from minilora.run.curves import LOG, curve, draw_runs, read_log
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command. Returns 0 done, 1 the picture cannot be written, 2 the request is wrong."""
+    try:
+        run(_parser().parse_args(argv))
+    except RequestError as error:
+        print(*(f"error: {problem}" for problem in error.problems), sep="\n", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def run(args: argparse.Namespace) -> None:
+    """Read every log, then draw. Raises RequestError with every run that has nothing to draw."""
+    runs, problems = {}, []
+    names = [Path(run).resolve().name for run in args.runs]
+    for run, name in zip(args.runs, names, strict=True):
+        path = run / LOG if run.is_dir() else run
+        try:
+            lines = read_log(path)
+            if curve(lines, "loss")[0]:
+                runs[name if names.count(name) == 1 else str(run)] = lines
+            else:
+                problems.append(f"{path}: no step of a run is logged there")
+        except OSError as error:
+            problems.append(f"{path}: {str(error.strerror).lower()}")
+    if problems:
+        raise RequestError(problems)
+    try:
+        draw_runs(runs, args.output)
+    except ImportError:
+        raise RequestError(["matplotlib is needed: pip install 'minilora[plot]'"]) from None
+    except ValueError as error:
+        raise RequestError([f"--output: {args.output}: {error}"]) from None
+    print(args.output)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "python -m minilora.plot",
+        description="Loss, validation, learning rate, gradient norm, speed and memory of runs.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's output_dir")
+    parser.add_argument("--output", type=Path, default="runs.png", metavar="FILE.png",
+                        help="the picture; one that exists is drawn anew [runs.png]")  # fmt: skip
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
