@@ -49,7 +49,7 @@ class Case:
 
     system: str = "minilora"
     deepspeed: str = "zero3"
-    tile_tokens: int = 4096
+    tile_tokens: int = 2048
     gather_tokens: int | None = None
     loss_tokens: int = 1024
     batch: int = 4
@@ -102,10 +102,10 @@ def sweep(size: str, bf16: bool) -> list[Case]:
     few, cases = 1 if size == "8b" else 16, []
     for file in ("zero3", "zero2", "zero0"):
         base = Case(deepspeed=file, bf16=bf16, cutoff_len=2048 // few, loss_tokens=1024 // few)
-        base = dataclasses.replace(base, tile_tokens=4096 // few, lora_rank=SIZES[size].rank)
+        base = dataclasses.replace(base, tile_tokens=2048 // few, lora_rank=SIZES[size].rank)
         near = dataclasses.replace(base, gather_tokens=8192 // few)
         cases += [base, near, dataclasses.replace(base, gather_tokens=16384 // few)]
-        cases += [dataclasses.replace(near, tile_tokens=n // few) for n in (2048, 8192)]
+        cases += [dataclasses.replace(near, tile_tokens=n // few) for n in (4096, 8192)]
         cases += [dataclasses.replace(base, offload_activations=True)]
         cases += [dataclasses.replace(base, batch=n) for n in (1, 2, 8)]
     other = dataclasses.replace(base, system="peer", deepspeed="none")

@@ -183,7 +183,7 @@ def _plot(path: str, found: Sequence[Option], limit: int) -> None:
         raise RequestError(["--plot needs matplotlib: pip install 'minilora[plot]'"]) from None
     usual = {found[0].setup.gather_tokens, None, 8192}
     shown = [o for o in found if o.setup.gather_tokens in usual and o.budget.total < 2 * limit]
-    shown = [o for o in shown if o.setup.tile_tokens == TILES[1]]
+    shown = [o for o in shown if o.setup.tile_tokens == TILES[0]]
     names = [f"{o.file}, {o.blocks}, {o.setup.gather_tokens or 'step'}" for o in shown]
     figure = Figure(figsize=(9, 1.5 + 0.25 * len(shown)), layout="constrained")
     axes, left = figure.subplots(), [0.0] * len(shown)

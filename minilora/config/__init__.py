@@ -147,7 +147,7 @@ class TrainSettings:
     ddp_timeout: int = setting(
         1800, "Seconds a rank waits for the others.", at_least=1, at_most=10**9)
     tile_tokens: int = setting(
-        4096, "Ours: tokens a block computes at a time; bounds its working memory.", at_least=1)
+        2048, "Ours: tokens a block computes at a time; bounds its working memory.", at_least=1)
     gather_tokens: int | None = setting(
         None, "Ours: tokens per gather of a block; bounds saved inputs. Default: the whole step.",
         at_least=1)

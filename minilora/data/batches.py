@@ -83,7 +83,7 @@ class TileLimits:
     gather_tokens: None for the whole step.
     """
 
-    tile_tokens: int = 4096
+    tile_tokens: int = 2048
     gather_tokens: int | None = None
 
 

@@ -223,11 +223,10 @@ def _work(setup: Setup, name: str, *each: tuple[int, int]) -> Term:
 
 
 def _loss(setup: Setup) -> Term:
-    """fp32: the logits, logsumexp's temporary, and the chunk before, still under its name."""
+    """The logits of a chunk in fp32, and beside them as they are computed with if that is bf16."""
     rows, vocab = min(setup.loss_tokens, setup.span), setup.shape.vocab_size
-    copies = 3 if setup.span > rows else 2
-    origin = f"{copies} x {rows:,} tokens x {vocab:,}"
-    return Term("activations", "loss chunk", copies * rows * vocab, 4, origin)
+    each = 4 + setup.size * setup.bf16
+    return Term("activations", "loss chunk", rows * vocab, each, f"{rows:,} tokens x {vocab:,}")
 
 
 def _gradients(setup: Setup, moment: Moment) -> Iterator[Term]:

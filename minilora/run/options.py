@@ -66,7 +66,7 @@ def best(found: Sequence[Option], limit: int) -> Option | None:
         setup, needs = option.setup, option.budget
         moved = (setup.zero.offload_param, needs.gathered)
         again = (setup.recompute, setup.offload_activations, setup.spans)
-        return (*moved, *again, abs(setup.tile_tokens - TILES[1]), needs.total)
+        return (*moved, *again, abs(setup.tile_tokens - TILES[0]), needs.total)
 
     return min((o for o in found if o.budget.total <= MARGIN * limit), key=cost, default=None)
 
