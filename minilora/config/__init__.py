@@ -155,6 +155,10 @@ class TrainSettings:
         1024, "Ours: labelled tokens whose logits exist at one time in the loss.", at_least=1)
     offload_activations: bool = setting(
         False, "Ours: keep the blocks' inputs in host memory between forward and backward.")
+    strict_plan: bool = setting(
+        False, "Ours: refuse a run of which the memory plan says that it does not fit.")
+    memory_snapshot: bool = setting(
+        False, "Ours: when a GPU runs out of memory, write torch's history of it to output_dir.")
     verbose_deepspeed: bool = setting(False, "Ours: print DeepSpeed's own log lines too.")
 # fmt: on
 
