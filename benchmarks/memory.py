@@ -32,7 +32,7 @@ from minilora.files.weights import Checkpoint
 from minilora.model.lora import LoraShape, resolve_targets
 from minilora.model.shape import LlamaShape
 from minilora.plan import USABLE, setup_of
-from minilora.run.budget import GIB, budget
+from minilora.run.budget import CONTEXT, GIB, NCCL, budget
 from minilora.run.ds_config import Facts, find_ds_config, resolve_ds_config
 from minilora.run.engine import Plan
 from minilora.run.gathers import Zero
@@ -79,7 +79,7 @@ class Case:
             MethodSettings(
                 lora_rank=self.lora_rank,
                 lora_dropout=self.lora_dropout,
-                lora_target=tuple(self.lora_target),
+                lora_target=self.lora_target,
             ),
             DataSettings(cutoff_len=self.cutoff_len, packing=self.packing),
             TrainSettings(
@@ -128,6 +128,8 @@ def measure(case: Case, size: Size, world: World) -> dict[str, Any]:
     meter.forget()
     with meter.window("run"):
         step()
+    if world.device.type == "cuda":
+        meter.notes["reserved"] = torch.cuda.memory_reserved()
     return meter.close() | meter.notes | (held(engine) if engine else {})
 
 
@@ -288,7 +290,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command."""
     own = read(argv)
     cases = (
-        [Case(**fields) for fields in json.loads(own.cases)]
+        [
+            Case(**{k: tuple(v) if k == "lora_target" else v for k, v in fields.items()})
+            for fields in json.loads(own.cases)
+        ]
         if own.cases
         else sweep(own.size, own.device == "cuda")
     )
@@ -299,7 +304,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
         if own.device == "cuda" and own.cap:
             total = torch.cuda.get_device_properties(0).total_memory
-            torch.cuda.set_per_process_memory_fraction(min(1.0, own.cap * USABLE * GIB / total))
+            left = own.cap * USABLE * GIB - CONTEXT - NCCL  # only torch's allocator is capped
+            torch.cuda.set_per_process_memory_fraction(min(1.0, left / total))
         real = int(os.environ.get("WORLD_SIZE", "1")) > 1
         world = World(TrainSettings()) if real else Pretended(own.ranks, own.device)
         chosen = cases if own.only is None else cases[own.only : own.only + 1]
