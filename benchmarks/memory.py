@@ -32,7 +32,7 @@ from minilora.files.weights import Checkpoint
 from minilora.model.lora_shape import LoraShape
 from minilora.model.shape import LlamaShape
 from minilora.plan import USABLE, setup_of
-from minilora.run.budget import GIB, budget
+from minilora.run.budget import CONTEXT, GIB, NCCL, budget
 from minilora.run.ds_config import Facts, find_ds_config, resolve_ds_config
 from minilora.run.engine import Plan
 from minilora.run.gathers import Zero
@@ -49,7 +49,7 @@ class Case:
 
     system: str = "minilora"
     deepspeed: str = "zero3"
-    tile_tokens: int = 4096
+    tile_tokens: int = 2048
     gather_tokens: int | None = None
     loss_tokens: int = 1024
     batch: int = 4
@@ -79,7 +79,7 @@ class Case:
             MethodSettings(
                 lora_rank=self.lora_rank,
                 lora_dropout=self.lora_dropout,
-                lora_target=tuple(self.lora_target),
+                lora_target=self.lora_target,
             ),
             DataSettings(cutoff_len=self.cutoff_len, packing=self.packing),
             TrainSettings(
@@ -102,10 +102,10 @@ def sweep(size: str, bf16: bool) -> list[Case]:
     few, cases = 1 if size == "8b" else 16, []
     for file in ("zero3", "zero2", "zero0"):
         base = Case(deepspeed=file, bf16=bf16, cutoff_len=2048 // few, loss_tokens=1024 // few)
-        base = dataclasses.replace(base, tile_tokens=4096 // few, lora_rank=SIZES[size].rank)
+        base = dataclasses.replace(base, tile_tokens=2048 // few, lora_rank=SIZES[size].rank)
         near = dataclasses.replace(base, gather_tokens=8192 // few)
         cases += [base, near, dataclasses.replace(base, gather_tokens=16384 // few)]
-        cases += [dataclasses.replace(near, tile_tokens=n // few) for n in (2048, 8192)]
+        cases += [dataclasses.replace(near, tile_tokens=n // few) for n in (4096, 8192)]
         cases += [dataclasses.replace(base, offload_activations=True)]
         cases += [dataclasses.replace(base, batch=n) for n in (1, 2, 8)]
     other = dataclasses.replace(base, system="peer", deepspeed="none")
@@ -128,6 +128,8 @@ def measure(case: Case, size: Size, world: World) -> dict[str, Any]:
     meter.forget()
     with meter.window("run"):
         step()
+    if world.device.type == "cuda":
+        meter.notes["reserved"] = torch.cuda.memory_reserved()
     return meter.close() | meter.notes | (held(engine) if engine else {})
 
 
@@ -287,7 +289,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command."""
     own = read(argv)
     cases = (
-        [Case(**fields) for fields in json.loads(own.cases)]
+        [
+            Case(**{k: tuple(v) if k == "lora_target" else v for k, v in fields.items()})
+            for fields in json.loads(own.cases)
+        ]
         if own.cases
         else sweep(own.size, own.device == "cuda")
     )
@@ -298,7 +303,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
         if own.device == "cuda" and own.cap:
             total = torch.cuda.get_device_properties(0).total_memory
-            torch.cuda.set_per_process_memory_fraction(min(1.0, own.cap * USABLE * GIB / total))
+            left = own.cap * USABLE * GIB - CONTEXT - NCCL  # only torch's allocator is capped
+            torch.cuda.set_per_process_memory_fraction(min(1.0, left / total))
         real = int(os.environ.get("WORLD_SIZE", "1")) > 1
         world = World(TrainSettings()) if real else Pretended(own.ranks, own.device)
         chosen = cases if own.only is None else cases[own.only : own.only + 1]

@@ -42,7 +42,7 @@ def groups(size: Size, device: str) -> dict[str, list[Variant]]:
         ),
     ]
     micro = size.per_device * row
-    gather = {"gather_tokens": micro, "tile_tokens": min(micro, 4096)}
+    gather = {"gather_tokens": micro, "tile_tokens": min(micro, 2048)}
     simulated = [
         replace(trainer, name="trainer-1-of-7", ranks=1, simulated=7),
         replace(ours, name="minilora-1-of-7", ranks=1, simulated=7),

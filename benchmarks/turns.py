@@ -42,7 +42,7 @@ class Variant:
     recompute: bool = True
     stage: int = 0
     file: str = "scaled"
-    tile_tokens: int = 4096
+    tile_tokens: int = 2048
     gather_tokens: int | None = None
     packing: bool = False
     simulated: int = 0

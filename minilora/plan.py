@@ -57,7 +57,7 @@ def _run(own: argparse.Namespace, settings: Settings) -> int:
     wrong = [key for key in ("num_gpus", "gpu_memory", "link_gbps") if not getattr(own, key) > 0]
     if wrong:
         raise RequestError([f"--{key} must be above 0" for key in wrong])
-    asked, files = _asked(settings, own.num_gpus)
+    asked, files = asked_for(settings, own.num_gpus, settings.train.bf16 is not False)
     setup, limit = asked.setup, int(own.gpu_memory * GIB * USABLE)
     found = options(asked, files)
     spare = (limit - asked.budget.total) / GIB
@@ -152,12 +152,15 @@ def _comparison(found: Sequence[Option], limit: int, own: argparse.Namespace) ->
         yield f"none is recommended: none leaves {1 - MARGIN:.0%} free"
 
 
-def _asked(settings: Settings, ranks: int) -> tuple[Option, dict[str, Zero]]:
-    """What the settings ask for, and the DeepSpeed files that could serve, the asked one first."""
+def asked_for(settings: Settings, ranks: int, bf16: bool) -> tuple[Option, dict[str, Zero]]:
+    """What the settings ask for, and the DeepSpeed files that could serve, the asked one first.
+
+    Raises RequestError for a config.json or a DeepSpeed file that cannot be used.
+    """
     assert settings.model.model_name_or_path
     path = Path(settings.model.model_name_or_path) / "config.json"
     shape = LlamaShape.from_config(read_json(path), str(path))
-    facts = Facts(ranks, shape.hidden_size, settings.train.bf16 is not False)
+    facts = Facts(ranks, shape.hidden_size, bf16)
     name = find_ds_config(settings.train.deepspeed).stem
     shipped = sorted(e.name[:-5] for e in SHIPPED.iterdir() if e.name.endswith(".json"))
     sources = {name: settings.train.deepspeed} | {n: n for n in shipped if n != name}
@@ -165,7 +168,7 @@ def _asked(settings: Settings, ranks: int) -> tuple[Option, dict[str, Zero]]:
         file: Zero.of(resolve_ds_config(find_ds_config(source), settings.train, facts))
         for file, source in sources.items()
     }
-    setup = setup_of(settings, shape, files[name], ranks)
+    setup = replace(setup_of(settings, shape, files[name], ranks), bf16=bf16)
     return Option(name, setup, budget(setup)), files
 
 
@@ -177,7 +180,7 @@ def _plot(path: str, found: Sequence[Option], limit: int) -> None:
         raise RequestError(["--plot needs matplotlib: pip install 'minilora[plot]'"]) from None
     usual = {found[0].setup.gather_tokens, None, 8192}
     shown = [o for o in found if o.setup.gather_tokens in usual and o.budget.total < 2 * limit]
-    shown = [o for o in shown if o.setup.tile_tokens == TILES[1]]
+    shown = [o for o in shown if o.setup.tile_tokens == TILES[0]]
     names = [f"{o.file}, {o.blocks}, {o.setup.gather_tokens or 'step'}" for o in shown]
     figure = Figure(figsize=(9, 1.5 + 0.25 * len(shown)), layout="constrained")
     axes, left = figure.subplots(), [0.0] * len(shown)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import tempfile
 import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,14 +13,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from minilora import __version__
 from minilora.arguments import read_settings
 from minilora.config import RequestError, RunError, Settings, TrainSettings
-from minilora.data.batches import Documents
-from minilora.data.prepare import prepare
 from minilora.data.records import read_conversations
 from minilora.data.schedule import Schedule
 from minilora.data.tokenizer import load_tokenizer
@@ -30,14 +28,17 @@ from minilora.files.snapshot import check_room, claimed, find_snapshot, last_sna
 from minilora.files.weights import read_checkpoint, read_config
 from minilora.model.lora_shape import LoraShape
 from minilora.model.shape import LlamaShape
+from minilora.plan import asked_for
 from minilora.run.curves import LOG
 from minilora.run.ds_config import Facts, find_ds_config, resolve_ds_config
 from minilora.run.engine import Engine, Plan
+from minilora.run.forecast import OutOfMemory, foresee
 from minilora.run.loop import Job, train
-from minilora.run.memory import is_out_of_memory, phase_of
+from minilora.run.memory import is_out_of_memory, read_memory
 from minilora.run.report import Report, Totals
 from minilora.run.resume import start_of
 from minilora.run.stop import Lasting, Stopped, stopping_at_once
+from minilora.run.tokenise import tokenise
 from minilora.run.world import World, wants_bf16
 
 # Seconds that the other ranks leave to rank 0 for its message; the launcher ends them sooner.
@@ -51,13 +52,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             run(read_settings(sys.argv[1:] if argv is None else argv, "train"))
     except RequestError as error:
         return _refuse(2, error.problems)
+    except OutOfMemory:
+        return 1
     except RunError as error:
         return _refuse(1, [str(error)])
     except Stopped as stopped:
         return _refuse(128 + stopped.number, [str(stopped)])
     except Exception as error:
         if is_out_of_memory(error):
-            return _out_of_memory(error)
+            print(f"error: out of memory before the training: {error}", file=sys.stderr)
+            return 1
         traceback.print_exc()
         return 1
     return 0
@@ -82,6 +86,8 @@ def run(settings: Settings) -> None:
             world.close()
     except (RunError, Stopped) as error:
         error.args = ("; ".join([str(error), *world.watch.lost().values(), last_snapshot(output)]),)
+        if isinstance(error, OutOfMemory):
+            error.tell(world)
         raise
     except RuntimeError as error:  # a collective's, if a rank is lost: then there is no return
         if not is_out_of_memory(error):
@@ -94,7 +100,7 @@ def run(settings: Settings) -> None:
 def run_in(world: World, settings: Settings, plan: Plan) -> None:
     """Train in processes that are there already. Collective."""
     options = settings.train
-    documents, validation, notes = _documents(world, settings)
+    documents, validation, notes = tokenise(world, settings)
     with world.agreed():
         snapshot, start, saved = start_of(settings, plan, documents, validation)
     schedule = Schedule(
@@ -111,20 +117,24 @@ def run_in(world: World, settings: Settings, plan: Plan) -> None:
         done_steps=start.step,
         done_rows=start.rows,
     )
-    engine = Engine(world, plan)
-    if snapshot is not None:
-        engine.restore(saved, start.step)
-        notes = [f"going on from {snapshot}, step {start.step} ({start.info})", *notes]
-    if world.rank == 0:
-        lines = (*settings.notices, *notes, *_facts(world, engine, plan, schedule))
-        print(*lines, sep="\n", file=sys.stderr, flush=True)
-    info = {"ranks": world.size, "stage": engine.stage, "version": __version__}
-    totals = Totals(**start.totals)
-    with Report(options, schedule.total_steps, world.rank == 0, totals) as report:
-        start = replace(start, info=info)
-        job = Job(settings, documents, schedule, plan.lora, start, validation)
-        report.finish(**train(world, engine, job, report).results)
-        report.message(f"the adapter is in {options.output_dir}")
+    forecast = foresee(world, asked_for(settings, world.size, wants_bf16(options)), plan, schedule)
+    notes = [*notes, *forecast.opening(options.strict_plan)]
+    with forecast.explaining(world.rank, options):
+        engine = Engine(world, plan)
+        if snapshot is not None:
+            engine.restore(saved, start.step)
+            notes = [f"going on from {snapshot}, step {start.step} ({start.info})", *notes]
+        if world.rank == 0:
+            lines = (*settings.notices, *notes, *_facts(world, engine, plan, schedule))
+            print(*lines, sep="\n", file=sys.stderr, flush=True)
+        info = {"ranks": world.size, "stage": engine.stage, "version": __version__}
+        totals = Totals(**start.totals)
+        with Report(options, schedule.total_steps, world.rank == 0, totals) as report:
+            start = replace(start, info=info)
+            job = Job(settings, documents, schedule, plan.lora, start, validation)
+            report.finish(**train(world, engine, job, report).results)
+            report.message(forecast.closing(world.gather_objects(read_memory(world.device))))
+            report.message(f"the adapter is in {options.output_dir}")
 
 
 def check(settings: Settings) -> Plan:
@@ -156,6 +166,8 @@ def check(settings: Settings) -> Plan:
                 bf16=wants_bf16(train_settings),
             )
             ds_config = resolve_ds_config(path, train_settings, facts)
+    if train_settings.memory_snapshot and not torch.cuda.is_available():
+        problems.append("memory_snapshot: torch notes a GPU's memory, and there is none; remove it")
     if problems or checkpoint is None or lora is None or adapter is None:
         raise RequestError([*problems, *_data_problems(settings, tokenizer=shape is not None)])
     recompute = not settings.model.disable_gradient_checkpointing
@@ -216,30 +228,6 @@ def _check_output(settings: TrainSettings) -> None:
         )
 
 
-def _documents(world: World, settings: Settings) -> tuple[Documents, Documents, list[str]]:
-    """Tokenise in one process per machine; all its processes map the result into memory."""
-    made: tuple[str, list[str]] = "", []
-    with ExitStack() as stack:
-        with world.agreed():
-            if world.local_rank == 0:
-                folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="minilora-"))
-                prepared = prepare(settings, colour=sys.stderr.isatty())
-                try:
-                    prepared.documents.save(Path(folder, "train"))
-                    prepared.validation.save(Path(folder, "validation"))
-                except OSError as error:
-                    raise RequestError(
-                        [f"{folder}: no room for tokens: {error}; set TMPDIR"]
-                    ) from None
-                title = "the first sample, its trained part marked:"
-                made = folder, [prepared.summary, title, prepared.sample]
-        folder, notes = world.gather_objects(made)[world.rank - world.local_rank]
-        documents = Documents.load(Path(folder, "train"))
-        validation = Documents.load(Path(folder, "validation"))
-        world.gather_objects(None)  # every process of this machine has the files open
-    return documents, validation, notes
-
-
 def _facts(world: World, engine: Engine, plan: Plan, schedule: Schedule) -> Iterator[str]:
     """What a user wants to see confirmed before the first step."""
     total, trained = plan.checkpoint.total_bytes, plan.lora.size(plan.checkpoint.shape)
@@ -272,14 +260,6 @@ def _refuse(code: int, problems: Sequence[str]) -> int:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # no KeyboardInterrupt: the end is near
         time.sleep(1 if dist.is_initialized() else LAST_WORDS)  # in touch, they fail together
     return code
-
-
-def _out_of_memory(error: BaseException) -> int:
-    """This rank says what was going on; the launcher ends the others, who wait for it."""
-    rank, phase = os.environ.get("RANK", "0"), phase_of(error)
-    first, *_ = str(error).splitlines() or [""]
-    print(f"error: rank {rank}: out of memory in {phase}: {first}", file=sys.stderr, flush=True)
-    return 1
 
 
 def leave(code: int) -> NoReturn:

@@ -21,20 +21,29 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from minilora import train
 from minilora.files import snapshot
-from minilora.run import engine, loop, world
+from minilora.run import engine, loop, tokenise, world
 
 AT_ONCE = 4  # cases; most of their time is waiting
 # Moments that a fault can be put before: where the function is looked up, and its name.
 MOMENTS: dict[str, tuple[Any, str]] = {
     "links": (world.World, "try_links"),
-    "tokenising": (train, "prepare"),
+    "tokenising": (tokenise, "prepare"),
     "loading": (engine, "read_pieces"),
     "step": (engine.Engine, "step"),
     "log": (loop.Report, "step"),
     "save": (loop, "write_snapshot"),
     "file of a save": (snapshot, "write_atomically"),
+    # What a phase calls first, or it alone: not our functions, for they would be the phase's frame.
+    "gather": (sys.modules["deepspeed.runtime.zero.partition_parameters"], "_dist_allgather_fn"),
+    "forward": (torch.nn.functional, "silu"),
+    "loss": (torch.Tensor, "scatter_add_"),
+    "recompute": (torch.autograd, "grad"),
+    "adam": (torch.optim.AdamW, "step"),
+    "reading the adapter": (engine.ds, "safe_get_full_fp32_param"),
 }
 
 
@@ -58,6 +67,8 @@ def happen(what: str, output: Path) -> None:
     word, _, value = what.partition(" ")
     if word == "raise":
         raise ValueError("made by the test")
+    if word == "allocate":
+        torch.empty(2**50, dtype=torch.uint8)  # an address space has 2**47
     if word == "sleep":
         time.sleep(float(value))
     elif word == "fill":

@@ -39,6 +39,27 @@ def test_losses_and_gradients_agree_and_every_step_is_timed(tmp_path: Path) -> N
     assert 0 < 3 * ours["gathered_bytes"] < theirs["gathered_bytes"]
 
 
+@pytest.mark.slow
+def test_the_gpu_command_runs_on_a_cpu(tmp_path: Path) -> None:
+    """Its parts in their order, a line each as it comes, the table last."""
+    command = [sys.executable, "-m", "benchmarks.gpu", "--device", "cpu", "--size", "tiny"]
+    command += ["--first", "2", "--out", str(tmp_path / "rows.jsonl")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    printed = done.stdout.splitlines()
+    assert [json.loads(line) for line in printed[: len(rows)]] == rows
+    parts = [row["part"] for row in rows]
+    assert list(dict.fromkeys(parts)) == ["versions", "parity", "memory", "speed"]
+    assert parts.count("memory") == parts.count("speed") == 2
+    assert all(row["ok"] for row in rows if row["part"] == "parity")
+    for row in rows:
+        if row["part"] == "memory":
+            assert row["predicted"]["run"] == pytest.approx(row["measured"]["run"], rel=0.02)
+    assert [row["variant"] for row in rows if row["part"] == "speed"] == ["trainer", "minilora"]
+    assert "predicted" in "".join(printed[len(rows) :]) and "tokens/s" in printed[-1]
+
+
 def player(folder: Path, name: str, loss: float, grad: torch.Tensor) -> Player:
     path = folder / f"{name}.pt"
     torch.save({"a": grad}, path)

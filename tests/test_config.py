@@ -104,7 +104,7 @@ WRONG_VALUES = {
     "deepspeed: {zero_optimization: {stage: 3}}": "is not text",
     "ddp_timeout: 0": "0 must be at least 1",
     "tile_tokens: 0": "0 must be at least 1",
-    "gather_tokens: 100": "100 is less than tile_tokens 4096; raise it or lower tile_tokens",
+    "gather_tokens: 100": "100 is less than tile_tokens 2048; raise it or lower tile_tokens",
     # No settings here.
     "quantization_bit: 4": "'4' is not supported: remove it; the frozen weights stay bf16",
     "finetuning_type: full": "'full' is not supported: set it to lora",

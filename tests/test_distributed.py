@@ -206,6 +206,7 @@ def test_every_launcher_trains(
     assert len(log(job, "loss")) == 2
     assert f"ZeRO-3 on {ranks} x cpu" in output
     assert output.count("the adapter is in") == 1
+    assert output.count("\nplan: ") == output.count("memory at the fullest: predicted ") == 1
 
 
 def test_a_wrong_request_ends_every_rank_with_2(

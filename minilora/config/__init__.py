@@ -170,7 +170,7 @@ class TrainSettings:
     ddp_timeout: int = setting(
         1800, "Seconds a rank waits for the others.", at_least=1, at_most=10**9)
     tile_tokens: int = setting(
-        4096, "Ours: tokens a block computes at a time; bounds its working memory.", at_least=1)
+        2048, "Ours: tokens a block computes at a time; bounds its working memory.", at_least=1)
     gather_tokens: int | None = setting(
         None, "Ours: tokens per gather of a block; bounds saved inputs. Default: the whole step.",
         at_least=1)
@@ -178,6 +178,10 @@ class TrainSettings:
         1024, "Ours: labelled tokens whose logits exist at one time in the loss.", at_least=1)
     offload_activations: bool = setting(
         False, "Ours: keep the blocks' inputs in host memory between forward and backward.")
+    strict_plan: bool = setting(
+        False, "Ours: refuse a run of which the memory plan says that it does not fit.")
+    memory_snapshot: bool = setting(
+        False, "Ours: when a GPU runs out of memory, write torch's history of it to output_dir.")
     verbose_deepspeed: bool = setting(False, "Ours: print DeepSpeed's own log lines too.")
 
     @property

@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from minilora.data.schedule import Schedule
+
 PARTS = ("tokens", "trained", "offsets")  # of Documents, and their files
 NO_LABEL = -100  # torch's default ignore_index of cross_entropy
 
@@ -90,7 +92,7 @@ class TileLimits:
     gather_tokens: None for the whole step.
     """
 
-    tile_tokens: int = 4096
+    tile_tokens: int = 2048
     gather_tokens: int | None = None
 
 
@@ -160,6 +162,38 @@ def build_step(
     positions, starts = _positions(documents, rows)
     labelled = int(documents.trained[positions].sum() - documents.trained[positions[starts]].sum())
     return Step(spans, labelled, int(lengths.sum()), rows, rows[share])
+
+
+def most_tokens(schedule: Schedule, world_size: int) -> int:
+    """The most tokens that one rank can have in a step, whatever the order of the documents."""
+    lengths, rows = np.sort(schedule.lengths)[::-1], schedule.rows_per_step
+    if not schedule.packing:
+        shares = _deal(lengths[:rows], world_size)
+        return max(int(lengths[share].sum()) for share in shares)
+    # Dealt longest first, the last document of the fullest rank is its only one, or no longer
+    # than each of world_size others: a share of the step, and what of it is more than that share.
+    room, longest = rows * schedule.cutoff_len, int(lengths[0])
+    last = min(longest, room // (world_size + 1))
+    share = (room + last * (world_size - 1)) // world_size
+    return min(max(longest, share), int(lengths.sum()))
+
+
+def worst_span(documents: Documents, tokens: int, limits: TileLimits) -> Span:
+    """The fullest span that `tokens` of a step can make: none has more tokens, labels, a longer
+    document or a larger tile. Its documents are made up: the longest one, over and over.
+    """
+    longest = int(documents.lengths.max())
+    left = min(tokens, max(limits.gather_tokens or tokens, longest))
+    numbers = np.resize(documents.tokens, left).astype(np.int64)
+    labelled = int(np.ceil(left * (documents.labelled / documents.lengths).max()))
+    targets = np.where(np.arange(left) < labelled, numbers, NO_LABEL)
+    tiles = []
+    while left:
+        room = min(left, max(limits.tile_tokens, longest))
+        left -= room
+        whole, rest = divmod(room, longest)
+        tiles.append((longest,) * whole + (rest,) * (rest > 0))
+    return Span(torch.from_numpy(numbers), torch.from_numpy(targets), tuple(tiles), seed=0)
 
 
 def _deal(lengths: Int64s, world_size: int) -> list[Int64s]:

@@ -7,11 +7,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# 1024 rows of Llama 3's 128256 logits are 0.25 GiB in bf16 and 0.5 GiB in fp32.
+# 1024 rows of Llama 3's 128256 logits are 0.25 GiB in bf16 and 0.5 GiB in fp32, both at a time.
 CHUNK_ROWS = 1024
 
 
@@ -44,17 +43,18 @@ class _HeadLoss(torch.autograd.Function):
             rows = slice(start, start + chunk_rows)
             logits = (hidden[rows] @ weight.T).float()  # (chunk, V)
             target = targets[rows, None]
-            log_sum = logits.logsumexp(-1, keepdim=True)
-            total += (log_sum - logits.gather(1, target)).sum()
+            losses, sums = _cross_entropy(logits, target)
+            total += losses.sum()
             if wants_hidden or wants_weight:
                 # d loss / d logits = softmax - one_hot(target), in the buffer of the logits.
-                grad = logits.sub_(log_sum).exp_()
-                grad.scatter_add_(1, target, torch.full_like(log_sum, -1.0))
-                grad = grad.mul_(scale).to(hidden.dtype)
+                logits.mul_(scale / sums)
+                logits.scatter_add_(1, target, torch.full_like(sums, -scale))
+                logits = logits.to(hidden.dtype)
                 if grad_hidden is not None:
-                    grad_hidden[rows] = grad @ weight
+                    grad_hidden[rows] = logits @ weight
                 if grad_weight is not None:
-                    grad_weight += grad.T @ hidden[rows]
+                    grad_weight += logits.T @ hidden[rows]
+            del logits  # or they would be there still while the next chunk is made
         ctx.save_for_backward(
             grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype)
         )
@@ -68,6 +68,18 @@ class _HeadLoss(torch.autograd.Function):
         return *grads, None, None, None
 
 
+def _cross_entropy(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Losses (N, 1) of logits (N, V) in fp32 against targets (N, 1).
+
+    The logits become their exponentials, of which the second result is the sum, (N, 1): torch's
+    own logsumexp would take another buffer of that size.
+    """
+    logits -= logits.amax(-1, keepdim=True)
+    right = logits.gather(1, target)
+    sums = logits.exp_().sum(-1, keepdim=True)
+    return sums.log() - right, sums
+
+
 def head_scores(hidden: Tensor, weight: Tensor, targets: Tensor, chunk_rows: int) -> Tensor:
     """Sum of the cross-entropy, and how many targets are the likeliest token: (2,) fp32.
 
@@ -78,6 +90,7 @@ def head_scores(hidden: Tensor, weight: Tensor, targets: Tensor, chunk_rows: int
         torch.split(hidden, chunk_rows), torch.split(targets, chunk_rows), strict=True
     ):
         logits = (rows @ weight.T).float()  # (chunk, V)
-        scores[0] += F.cross_entropy(logits, target, reduction="sum")
         scores[1] += (logits.argmax(-1) == target).sum()
+        scores[0] += _cross_entropy(logits, target[:, None])[0].sum()
+        del logits
     return scores

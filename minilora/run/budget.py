@@ -73,7 +73,7 @@ class Budget:
     @property
     def tensors(self) -> int:
         """All but the fixed part: what torch.cuda.max_memory_allocated shows."""
-        return self.total - self.parts["fixed"]
+        return self.total - self.parts.get("fixed", 0)
 
 
 @functools.cache
@@ -85,14 +85,16 @@ def budget(setup: Setup) -> Budget:
     always = sum(term.bytes for term in static)
     # The optimizer's temporaries: the gradient in fp32 and two of AdamW's.
     states = sum(term.bytes for term in static if term.part == "optimizer states")
-    phases, most, fullest, live = {"step": always + states}, 0, "", list[Term]()
+    saving = 2 * 4 * max(setup.lora.values(), default=0)  # a matrix in fp32, gathered and whole
+    phases, most = {"step": always + states, "save": always + saving}, 0
+    fullest, live = "", list[Term]()
     for moment in gathers.moments:
         for phase, terms in _at(setup, moment):
             total = always + sum(term.bytes for term in terms)
             phases[phase] = max(phases.get(phase, 0), total)
             if total > most:
                 most, fullest, live = total, f"{phase}, {moment.module.name}", terms
-    fixed = (
+    fixed = setup.on_gpu * (
         Term("fixed", "CUDA context, estimate", CONTEXT, 1),
         Term("fixed", "NCCL, estimate", NCCL * (setup.ranks > 1), 1),
         Term("fixed", "allocator slack, estimate", int(SLACK * most), 1, f"{SLACK} x {most:,}"),
@@ -229,11 +231,10 @@ def _work(setup: Setup, name: str, *each: tuple[int, int]) -> Term:
 
 
 def _loss(setup: Setup) -> Term:
-    """fp32: the logits, logsumexp's temporary, and the chunk before, still under its name."""
+    """The logits of a chunk in fp32, and beside them as they are computed with if that is bf16."""
     rows, vocab = min(setup.loss_tokens, setup.span), setup.shape.vocab_size
-    copies = 3 if setup.span > rows else 2
-    origin = f"{copies} x {rows:,} tokens x {vocab:,}"
-    return Term("activations", "loss chunk", copies * rows * vocab, 4, origin)
+    each = 4 + setup.size * setup.bf16
+    return Term("activations", "loss chunk", rows * vocab, each, f"{rows:,} tokens x {vocab:,}")
 
 
 def _gradients(setup: Setup, moment: Moment) -> Iterator[Term]:

@@ -14,7 +14,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from minilora.config import RequestError, RunError, Settings
-from minilora.data.batches import Documents, Place, Step, TileLimits, build_step
+from minilora.data.batches import (
+    Documents,
+    Place,
+    Step,
+    TileLimits,
+    build_step,
+    most_tokens,
+    worst_span,
+)
 from minilora.data.schedule import Schedule
 from minilora.files.adapter import check_adapter, read_adapter, write_adapter
 from minilora.files.snapshot import State, prune, snapshot_folder, write_snapshot
@@ -88,20 +96,19 @@ def train(world: World, engine: Engine, job: Job, report: Report) -> Best:
 
 
 def probe(world: World, engine: Engine, job: Job) -> None:
-    """Compute the longest documents once, so that running out of memory shows now. Collective.
+    """Compute the fullest span there can be, so that running out of memory shows now. Collective.
 
     The loss is multiplied by zero: the gradients that wait for the first step are exact zeros.
+    Validation keeps nothing for a backward, but may have longer documents. The optimizer's step is
+    not tried, for it would move the weights; by the plan it needs less than what is tried.
     """
-    schedule = job.schedule
-    longest = np.argsort(-schedule.lengths, kind="stable")
-    if schedule.packing:
-        room = schedule.rows_per_step * schedule.cutoff_len
-        count = int(np.searchsorted(np.cumsum(schedule.lengths[longest]), room, side="right"))
-    else:
-        count = schedule.rows_per_step
-    batch = _batch(world, job, job.documents, longest[: max(count, 1)])
-    largest = max(batch.spans, key=lambda span: len(span.token_ids))
-    engine.forward_backward(largest, 0.0, last=False)
+    train, schedule = job.settings.train, job.schedule
+    limits = TileLimits(train.tile_tokens, train.gather_tokens)
+    span = worst_span(job.documents, most_tokens(schedule, world.size), limits)
+    engine.forward_backward(span, 0.0, last=False)
+    if job.validation is not None and train.eval_strategy != "no":
+        whole = replace(schedule, lengths=job.validation.lengths, packing=False)
+        engine.score(worst_span(job.validation, most_tokens(whole, world.size), limits))
 
 
 def _batch(

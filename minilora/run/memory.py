@@ -6,19 +6,24 @@ from pathlib import Path
 
 import torch
 
-GIB = 2**30
+from minilora.run.budget import CONTEXT, GIB, NCCL
+
+RECORDED = 100_000  # allocations; a step of the 8B model has some 10,000
 CPU_FIGURES = {"rss_gib": "VmRSS:", "rss_peak_gib": "VmHWM:"}
-# What is going on, by the file and function that run; the innermost one known counts.
+# Phases of the memory plan, by the file and function that run; the innermost one known counts.
 PHASES = {
-    "engine._build": "building the model",
+    "engine._build": "start-up",
     "engine.forward_backward": "forward",
-    "engine.backward": "backward",
-    "loss.forward": "the loss",
-    "recompute.backward": "backward, computing a block again",
-    "partition_parameters.all_gather_coalesced": "gathering a block",
-    "engine.step": "the optimizer step",
-    "engine.trained_tensors": "saving",
-    "engine.moments": "saving",
+    "engine.score": "forward",
+    "engine.backward": "recompute",
+    "loss.forward": "loss",
+    "loss.head_scores": "loss",
+    "recompute.backward": "recompute",
+    "partition_parameters.all_gather_coalesced": "gather",
+    "partition_parameters.wait": "gather",
+    "engine.step": "step",
+    "engine.trained_tensors": "save",
+    "engine.moments": "save",
 }
 
 
@@ -39,6 +44,28 @@ def read_memory(device: torch.device) -> dict[str, float]:
     lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     kib = dict(line.split()[:2] for line in lines if line.startswith("Vm"))
     return {name: int(kib[key]) / 2**20 for name, key in CPU_FIGURES.items()}
+
+
+def free_memory(device: torch.device, processes: int) -> int:
+    """Bytes that this process can have in all: of its GPU, or of the memory that the `processes`
+    of this machine share. What CUDA and NCCL hold already is among them.
+    """
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        return min(total, free + CONTEXT + NCCL)
+    lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    (kib,) = (line.split()[1] for line in lines if line.startswith("MemAvailable:"))
+    return int(kib) * 1024 // processes
+
+
+def record_history() -> None:
+    """From now on note every allocation of the GPU, with where in the code it came from."""
+    torch.cuda.memory._record_memory_history(max_entries=RECORDED)
+
+
+def write_history(path: Path) -> None:
+    """What was noted, in torch's format: https://pytorch.org/memory_viz shows it."""
+    torch.cuda.memory._dump_snapshot(str(path))  # type: ignore[no-untyped-call]
 
 
 def is_out_of_memory(error: BaseException) -> bool:

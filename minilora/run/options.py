@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
-from minilora.run.budget import Budget, budget
+from minilora.run.budget import GIB, Budget, budget
 from minilora.run.gathers import Zero
 from minilora.run.setup import Setup
 
@@ -28,6 +29,23 @@ class Option:
         """What becomes of the blocks' activations between forward and backward."""
         kind = "offloaded" if self.setup.offload_activations else "recomputed"
         return kind if self.setup.recompute else "kept"
+
+    def cost(self, other: Option) -> str:
+        """What this costs in speed if it takes the place of `other`."""
+        mine, theirs = self.setup, other.setup
+        more = self.budget.gathered - other.budget.gathered
+        moved = 2 * mine.shape.num_layers * mine.step_tokens * mine.shape.hidden_size * mine.size
+        if mine.zero.offload_param and not theirs.zero.offload_param:
+            return "every block comes over PCIe, twice a step"
+        if mine.offload_activations and not theirs.offload_activations:
+            return f"{moved / 1e9:.3g} GB a step over PCIe, beside the computation"
+        if mine.recompute and not theirs.recompute:
+            return "one more forward of each block, about a third more time"
+        if more > 0:
+            return f"{more / 1e9:.3g} GB more to gather a step, {more / 1e10:.2g} s at 80 Gbit/s"
+        if self.file != other.file:
+            return "nothing: no more is gathered"
+        return "a little: smaller matrix products, and more of them"
 
     def changes(self, other: Option) -> list[str]:
         """The settings to write so that `other` becomes this."""
@@ -66,7 +84,7 @@ def best(found: Sequence[Option], limit: int) -> Option | None:
         setup, needs = option.setup, option.budget
         moved = (setup.zero.offload_param, needs.gathered)
         again = (setup.recompute, setup.offload_activations, setup.spans)
-        return (*moved, *again, abs(setup.tile_tokens - TILES[1]), needs.total)
+        return (*moved, *again, abs(setup.tile_tokens - TILES[0]), needs.total)
 
     return min((o for o in found if o.budget.total <= MARGIN * limit), key=cost, default=None)
 
@@ -95,3 +113,44 @@ def longest_document(setup: Setup, limit: int) -> int:
         alone = replace(setup, step_tokens=middle, longest=middle)
         low, high = (middle, high) if budget(alone).total <= limit else (low, middle)
     return low
+
+
+def advice(asked: Option, files: Mapping[str, Zero], phase: str, limit: int) -> list[str]:
+    """The three changes of one setting that save most in a phase, then those that save elsewhere.
+
+    Of each setting the mildest value is taken that brings it a tenth below the limit and below
+    what was planned, if one does.
+    """
+
+    def powers(least: int, below: int) -> list[int]:
+        return [2**n for n in reversed(range(40)) if least <= 2**n < below]
+
+    def there(option: Option) -> int:
+        return option.budget.phases.get(phase, option.budget.total)
+
+    setup, goal = asked.setup, 0.9 * min(limit, there(asked))
+    smaller: dict[str, list[Any]] = {  # mildest first
+        "gather_tokens": powers(setup.tile_tokens, setup.span),
+        "tile_tokens": powers(128, setup.tile),
+        "loss_tokens": powers(64, min(setup.loss_tokens, setup.span)),
+        "recompute": [True] * (not setup.recompute),
+        "offload_activations": [True] * (setup.recompute and not setup.offload_activations),
+    }
+    tries = [
+        [(asked.file, replace(setup, **{key: value})) for value in values]
+        for key, values in smaller.items()
+    ]
+    tries += [[(name, replace(setup, zero=zero))] for name, zero in files.items()]
+    saving = list[tuple[int, int, Option]]()
+    for tried in tries:
+        made = [Option(file, way, budget(way)) for file, way in tried]
+        enough = [option for option in made if there(option) <= goal]
+        for option in enough[:1] or sorted(made, key=there)[:1]:
+            saved = there(asked) - there(option), asked.budget.total - option.budget.total
+            saving += [(*saved, option)] * (saved[0] >= 0 and max(saved) > 0)
+    saving.sort(key=lambda found: found[:2], reverse=True)
+    return [
+        f"{', '.join(option.changes(asked))} saves {(here or elsewhere) / GIB:.3g} GiB"
+        f"{'' if here else ' in other phases'}, costs {option.cost(asked)}"
+        for here, elsewhere, option in saving[:3]
+    ]

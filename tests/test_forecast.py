@@ -1,0 +1,178 @@
+"""What a run says of its memory beforehand and afterwards, and that its trial is the worst case."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from runs import Ground
+from test_plan import ROOT, article
+
+from minilora.config import RequestError
+from minilora.data.batches import (
+    Documents,
+    Place,
+    TileLimits,
+    build_step,
+    most_tokens,
+    worst_span,
+)
+from minilora.data.schedule import Schedule
+from minilora.model.shape import LlamaShape
+from minilora.run.budget import GIB, budget
+from minilora.run.forecast import Forecast
+from minilora.run.gathers import Zero
+from minilora.run.options import Option, advice
+
+NAMES = ("zero3", "zero2", "zero0", "zero3_offload")
+FILES = {
+    name: Zero.of(json.loads((ROOT / f"minilora/ds_configs/{name}.json").read_text()))
+    for name in NAMES
+}
+
+
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("ranks", [1, 2, 3, 7])
+def test_no_step_has_more_than_the_trial_computes(packing: bool, ranks: int) -> None:
+    """Random rows, every step of two epochs, every rank: tokens, tiles, documents and labels."""
+    source = np.random.Generator(np.random.PCG64(ranks))
+    for _ in range(30):
+        lengths = source.integers(2, source.integers(3, 120), source.integers(1, 90))
+        trained = [np.arange(n) >= source.integers(0, n) for n in lengths]
+        documents = Documents.of([(np.zeros(n, np.int32), t) for n, t in zip(lengths, trained)])  # noqa: B905
+        tile = int(source.integers(1, 200))
+        gather = None if source.integers(2) else tile + int(source.integers(0, 300))
+        rows = int(source.integers(1, 12)) * ranks
+        schedule = Schedule(documents.lengths, 1, rows, 120, packing, num_train_epochs=2)
+        limits = TileLimits(tile, gather)
+        worst = worst_span(documents, most_tokens(schedule, ranks), limits)
+        bounds = [len(worst.token_ids), max(map(sum, worst.tiles)), max(map(max, worst.tiles))]
+        labels = int((worst.labels >= 0).sum())
+        assert bounds[0] == sum(map(sum, worst.tiles)) == len(worst.labels)
+        for step in range(schedule.total_steps):
+            chosen = schedule.rows(step)
+            for rank in range(ranks):
+                place = Place(rank, ranks)
+                made = build_step(
+                    documents, chosen, step=step, place=place, limits=limits, seed=1
+                ).spans
+                for span in made:
+                    found = [len(span.token_ids), max(map(sum, span.tiles)),
+                             max(map(max, span.tiles))]  # fmt: skip
+                    assert all(x <= y for x, y in zip(found, bounds, strict=True))
+                    assert int((span.labels >= 0).sum()) <= labels
+
+
+def test_the_trial_is_no_larger_than_equal_rows_make_it() -> None:
+    """Sixteen rows of 50 tokens for each of 3 ranks: what a step has, it has."""
+    documents = Documents.of([(np.zeros(50, np.int32), np.ones(50, np.bool_))] * 60)
+    for packing in (False, True):
+        schedule = Schedule(documents.lengths, 1, 48, 50, packing)
+        most = most_tokens(schedule, 3)
+        assert most == 800 if not packing else 800 <= most <= 850
+        span = worst_span(documents, 800, TileLimits(120, 400))
+        assert span.tiles == ((50, 50, 20), (50, 50, 20), (50, 50, 20), (40,))
+
+
+def huge_checkpoint(folder: Path, tiny: Path) -> Path:
+    """More weights than a machine has memory: a file of their size without contents."""
+    folder.mkdir()
+    for file in tiny.iterdir():
+        if not file.name.endswith((".safetensors", ".index.json")):
+            (folder / file.name).write_bytes(file.read_bytes())
+    config = json.loads((tiny / "config.json").read_text(encoding="utf-8"))
+    config |= {"hidden_size": 16384, "intermediate_size": 65536, "num_hidden_layers": 100}
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    header, at = {}, 0
+    for name, shape in LlamaShape.from_config(config).parameter_shapes().items():
+        end = at + 2 * int(np.prod(shape))
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [at, end]}
+        at = end
+    text = json.dumps(header).encode()
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + at)
+    return folder
+
+
+def test_a_run_that_does_not_fit_is_refused_before_weights_are_read(
+    ground: Ground, tiny: Path, tmp_path: Path, launch: Callable[..., tuple[int, str]]
+) -> None:
+    job = ground.job("strict", "tiny", strict_plan=True, memory_snapshot=True)
+    del job["adapter_name_or_path"]
+    job["model_name_or_path"] = str(huge_checkpoint(tmp_path / "huge", tiny))
+    job["output_dir"] = str(tmp_path / "out")
+    words = ["-m", "minilora.train", *(f"--{key}={value}" for key, value in job.items())]
+    code, output = launch(1, words, with_="python")
+    assert code == 2 and "memory_snapshot: torch notes a GPU's memory" in output
+    code, output = launch(1, [*words, "--memory_snapshot=false"], with_="python")
+    assert code == 2
+    assert "error: strict_plan: the plan needs " in output and "nearest settings" in output
+
+
+def forecast(limit: float, on_gpu: bool = True) -> Forecast:
+    setup = article(lora_rank=16, on_gpu=on_gpu)
+    return Forecast(Option("zero3", setup, budget(setup)), FILES, int(limit * GIB))
+
+
+def test_the_opening_warns_or_refuses() -> None:
+    (line,) = forecast(23.64).opening(strict=True)
+    total = budget(article(lora_rank=16)).total / GIB
+    assert f"plan: {total:.4g} GiB per GPU" in line and "of 23.64: parameters" in line
+    assert "up to 32,768 tokens" in line
+    line, warning = forecast(10).opening(strict=False)
+    assert warning.startswith("warning: the plan needs ")
+    assert "that fit: offload_activations: true; or gather_tokens: 16384" in warning
+    with pytest.raises(RequestError, match="strict_plan: the plan needs .*, 10 are free"):
+        forecast(10).opening(strict=True)
+
+
+def test_the_closing_compares_what_can_be_compared() -> None:
+    read = [{"gpu_memory_allocated_gib": 12.5, "gpu_memory_reserved_gib": 13.0,
+             "gpu_memory_used_gib": n} for n in (13.9, 14.1)]  # fmt: skip
+    needs = budget(article(lora_rank=16))
+    line = forecast(23.64).closing(read)
+    assert f"predicted {needs.tensors / GIB:.4g} GiB of tensors, measured 12.5 " in line
+    assert f"predicted {needs.total / GIB:.4g}, in use 14.1 (reserved by torch 13)" in line
+    line = forecast(23.64, on_gpu=False).closing([{"rss_gib": 0.4, "rss_peak_gib": 0.5}])
+    assert "not measured" in line and "up to 0.5 GiB" in line
+
+
+@pytest.mark.parametrize("phase", ["gather", "forward", "recompute", "loss", "step", "save"])
+@pytest.mark.parametrize("file", NAMES)
+def test_each_advice_saves_what_it_says(file: str, phase: str) -> None:
+    """Each change, planned again by itself."""
+    setup = article(lora_rank=16, zero=FILES[file])
+    asked = Option(file, setup, budget(setup))
+    lines = advice(asked, FILES, phase, int(23.64 * GIB))
+    assert len(lines) == 3
+    for line in lines:
+        change, _, rest = line.partition(" saves ")
+        key, value = change.split(": ")
+        new = {"zero": FILES[value]} if key == "deepspeed" else {key: json.loads(value)}
+        after, before = budget(replace(setup, **new)), asked.budget
+        saved = before.phases[phase] - after.phases[phase]
+        if "in other phases" in rest:
+            assert saved == 0
+            saved = before.total - after.total
+        assert float(rest.split()[0]) == pytest.approx(saved / GIB, rel=0.01) and saved > 0
+        more = (after.gathered - before.gathered) / 1e9
+        assert (f"costs {more:.3g} GB more to gather" in rest) is (more > 0 and "PCIe" not in rest)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_history_of_a_gpu_is_written(ground: Ground, tmp_path: Path) -> None:
+    """The real allocator, asked for more than there is."""
+    from minilora.config import TrainSettings
+    from minilora.run.forecast import OutOfMemory
+
+    train = TrainSettings(output_dir=str(tmp_path), memory_snapshot=True)
+    with pytest.raises(OutOfMemory) as raised, forecast(23.64).explaining(0, train):
+        torch.empty(2**45, dtype=torch.uint8, device="cuda")
+    assert (tmp_path / "memory-0.pickle").stat().st_size > 0
+    assert "memory-0.pickle" in raised.value.advice[-1]
