@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from merging import merge
 from runs import Ground, adapter, check_loading, costs, log, run_jobs, stage_file
 from safetensors.torch import load_file
 
 from minilora.files.weights import read_checkpoint
 
+BF16 = [(stage, True) for stage in (0, 2, 3)]
 Jobs = dict[str, dict[str, Any]]
 
 
@@ -52,6 +54,11 @@ def two_ranks(ground: Ground, launch: Callable[..., tuple[int, str]]) -> Jobs:
             "per_device_train_batch_size": batch,
             "gradient_accumulation_steps": accumulation,
         }
+    jobs |= family(common, ground.folder)
+    merged = ground.folder / "merged"
+    assert merge(ground.models["tiny"], ground.adapters["tiny"], merged) == 0
+    new = {"model_name_or_path": str(merged), "adapter_name_or_path": "null"}
+    jobs["merged"] = {**common, **new, "gradient_accumulation_steps": 4, "tile_tokens": 4096}
     jobs = {
         name: ground.job(f"two-{name.replace(' ', '-')}", "tiny", **changes)
         for name, changes in jobs.items()
@@ -66,6 +73,30 @@ def two_ranks(ground: Ground, launch: Callable[..., tuple[int, str]]) -> Jobs:
     (ground.folder / "monitored.json").write_text(json.dumps(monitored), encoding="utf-8")
     jobs["bf16"]["deepspeed"] = str(ground.folder / "monitored.json")
     run_jobs(launch, 2, list(jobs.values()))
+    return jobs
+
+
+def family(common: dict[str, Any], folder: Path) -> Jobs:
+    """New adapters: plain, and all of the LoRA family at once at several stages, in spans."""
+    new = {**common, "adapter_name_or_path": "null", "gradient_accumulation_steps": 4}
+    jobs = {"new": new}
+    every = {
+        "use_dora": True,
+        "use_rslora": True,
+        "loraplus_lr_ratio": 4,
+        "rank_pattern": '{"v_proj": 3}',
+        "additional_target": "lm_head,embed_tokens",
+        "lora_dropout": 0.2,
+        "tile_tokens": 100,
+        "gather_tokens": 300,
+        "loss_tokens": 16,
+    }
+    for stage, bf16 in [(0, False), (1, False), (2, False), (3, False), *BF16]:
+        stage_json = str(stage_file(folder, stage))
+        jobs[f"family {stage} {bf16}"] = {**new, **every, "bf16": bf16, "deepspeed": stage_json}
+    one_tile = {**every, "tile_tokens": 4096, "gather_tokens": 10**6}
+    for keep in (False, True):
+        jobs[f"family keep {keep}"] = {**new, **one_tile, "disable_gradient_checkpointing": keep}
     return jobs
 
 
@@ -185,6 +216,51 @@ def test_deepspeeds_monitor_gets_the_figures_of_the_log(two_ranks: Jobs, ground:
 def test_the_log_has_the_memory_of_every_rank(two_ranks: Jobs) -> None:
     for figures in log(two_ranks["bf16"], "rss_gib"):
         assert len(figures) == 2 and min(figures) > 0.05
+
+
+def test_new_adapters_start_where_the_base_model_is(two_ranks: Jobs) -> None:
+    """With DoRA too: its magnitudes are the norms of rows that no rank holds whole."""
+    plain = log(two_ranks["new"], "loss")[0]
+    for stage in range(4):
+        assert log(two_ranks[f"family {stage} False"], "loss")[0] == pytest.approx(plain, rel=1e-6)
+
+
+def test_stages_agree_on_the_family(two_ranks: Jobs) -> None:
+    first, *others = (two_ranks[f"family {stage} False"] for stage in range(4))
+    for other in others:
+        assert log(other, "loss") == pytest.approx(log(first, "loss"), rel=1e-5)
+        assert log(other, "grad_norm") == pytest.approx(log(first, "grad_norm"), rel=1e-4)
+
+
+def test_recompute_changes_no_bit_of_the_family(two_ranks: Jobs) -> None:
+    kept, again = two_ranks["family keep True"], two_ranks["family keep False"]
+    assert log(kept, "loss") == log(again, "loss")
+    others = adapter(again)
+    assert any(name.endswith("lora_magnitude_vector") for name in others)
+    assert all(torch.equal(tensor, others[name]) for name, tensor in adapter(kept).items())
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_the_family_trains_in_bf16(two_ranks: Jobs, stage: int) -> None:
+    exact, low = two_ranks[f"family {stage} False"], two_ranks[f"family {stage} True"]
+    assert log(low, "loss") != log(exact, "loss")
+    assert log(low, "loss") == pytest.approx(log(exact, "loss"), rel=1e-2)
+    assert log(low, "grad_norm") == pytest.approx(log(exact, "grad_norm"), rel=5e-2)
+    base = base_weights(Path(exact["model_name_or_path"]))
+    for name in ("lm_head.weight", "model.embed_tokens.weight"):
+        start = base[name].bfloat16().float() if stage else base[name]
+        moved = adapter(low)[f"base_model.model.{name}"] - start
+        expected = adapter(exact)[f"base_model.model.{name}"] - base[name]
+        # AdamW moves by the sign of a gradient, which is right nearly everywhere in bf16.
+        rows = expected.abs().amax(1) > 1e-4  # the others only decayed
+        near = (moved - expected)[rows].abs() < 0.5 * expected[rows].abs().max()
+        assert rows.any() and near.float().mean() > 0.95, name
+
+
+def test_training_on_a_merged_model_starts_where_the_adapter_was(two_ranks: Jobs) -> None:
+    going_on, merged = two_ranks["tile 4096 gather None"], two_ranks["merged"]
+    assert log(merged, "loss")[0] == pytest.approx(log(going_on, "loss")[0], rel=1e-5)
+    assert log(merged, "loss")[0] != pytest.approx(log(two_ranks["new"], "loss")[0], rel=1e-3)
 
 
 def test_ragged_rows_on_seven_ranks_equal_one_rank(seven_ranks: Jobs, one_rank: Jobs) -> None:

@@ -49,8 +49,28 @@ def resumed(ground: Ground, launch: Callable[..., tuple[int, str]]) -> Jobs:
             "save_strategy": "no",
             "resume_from_checkpoint": f"{jobs['whole']['output_dir']}/checkpoint-{step}",
         }
+    family = {**common, "adapter_name_or_path": str(ground.adapters["whole"]), "max_steps": 4,
+              "loraplus_lr_ratio": 4, "save_steps": 2}  # fmt: skip
+    dora = {**family, "adapter_name_or_path": "null", "use_dora": True,
+            "additional_target": "lm_head"}  # fmt: skip
+    for name, settings in (("continued", family), ("new", dora)):
+        jobs[name] = {**job(ground, name, 3, **settings)}
+        snapshot = f"{jobs[name]['output_dir']}/checkpoint-2"
+        jobs[f"{name}, on"] = {**job(ground, f"{name}-on", 3, **settings), "save_strategy": "no",
+                               "resume_from_checkpoint": snapshot}  # fmt: skip
     run_jobs(launch, 2, list(jobs.values()))
     return jobs
+
+
+@pytest.mark.parametrize("name", ["continued", "new"])
+def test_whole_layers_and_dora_go_on_to_the_bit(resumed: Jobs, name: str) -> None:
+    whole, rest = resumed[name], resumed[f"{name}, on"]
+    for key in ("current_steps", "loss", "grad_norm"):
+        assert log(rest, key) == log(whole, key)[2:], key
+    expected = adapter(whole)
+    assert "base_model.model.lm_head.weight" in expected
+    for parameter, tensor in adapter(rest).items():
+        assert torch.equal(tensor, expected[parameter]), parameter
 
 
 @pytest.mark.parametrize("step", range(1, STEPS))

@@ -140,6 +140,7 @@ class Engine:
 
     def moments(self) -> Iterator[tuple[str, Tensor]]:
         """AdamW's moments, `NAME.exp_avg` and `NAME.exp_avg_sq`, fp32, rank 0. Collective."""
+        self._link_moments()
         for name, parameter in lora_parameters(self.model):
             for moment in MOMENTS:
                 if self.stage:
@@ -154,8 +155,7 @@ class Engine:
         for flat in self._optimized():
             zeros = {moment: torch.zeros_like(flat) for moment in MOMENTS}
             self.adam.state[flat] = {"step": torch.tensor(float(steps)), **zeros}
-        if self.stage in (1, 2):
-            self.engine.optimizer._lazy_init_hp_params_optimizer_state()
+        self._link_moments()
         for name, parameter in lora_parameters(self.model):
             moments = {moment: tensors[f"{name}.{moment}"] for moment in MOMENTS}
             start, kept = self._partition(parameter)
@@ -169,6 +169,15 @@ class Engine:
             else:
                 for moment, value in moments.items():
                     self.adam.state[parameter][moment].copy_(value)
+
+    def _link_moments(self) -> None:
+        """Stages 1 and 2: let DeepSpeed find the moments by parameter.
+
+        Left to itself it looks once, after its first group's step, when others have none yet.
+        """
+        if self.stage in (1, 2):
+            self.engine.optimizer._hp_optimizer_states_linked = False
+            self.engine.optimizer._lazy_init_hp_params_optimizer_state()
 
     def _optimized(self) -> list[Tensor]:
         """The tensors that AdamW sees: DeepSpeed's flat fp32 partitions, or the parameters."""
@@ -228,8 +237,7 @@ class Engine:
         for path, layer in self.model.named_modules():
             if isinstance(layer, LoraLinear) and layer.lora_magnitude_vector is not None:
                 with deepspeed.zero.GatheredParameters([layer.weight], enabled=self.stage == 3):
-                    norm = torch.linalg.vector_norm(layer.weight, dim=1, dtype=torch.float32)
-                norms[f"{path}.{MAGNITUDE}"] = norm
+                    norms[f"{path}.{MAGNITUDE}"] = layer.weight.float().norm(dim=1)
         return norms
 
     def _pieces(self) -> Iterator[Piece]:
