@@ -9,7 +9,7 @@ import shutil
 import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,16 +33,16 @@ class State:
     """Where a run stands.
 
     step: optimizer steps done; rows: documents consumed since the start, all epochs together;
-    totals: sums of the log; best: a run.best.Best; same: settings and fingerprints that must not
-    change, by name; info: what may change, for people (ranks, stage, versions).
+    totals: sums of the log; same: settings and fingerprints that must not change, by name;
+    info: what may change, for people (ranks, stage, versions); best: a run.best.Best.
     """
 
     step: int
     rows: int
     totals: dict[str, Any]
-    best: dict[str, Any]
     same: dict[str, Any]
     info: dict[str, Any]
+    best: dict[str, Any] = field(default_factory=dict)
 
 
 def snapshot_folder(output: Path, step: int) -> Path:

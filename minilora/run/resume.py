@@ -39,7 +39,7 @@ def start_of(
     assert settings.train.output_dir
     output = Path(settings.train.output_dir)
     folder = find_snapshot(output, settings.train.resume_from_checkpoint)
-    state = State(0, 0, {}, {}, same, {}) if folder is None else read_state(folder)
+    state = State(0, 0, {}, same, {}) if folder is None else read_state(folder)
     best, note = best_before(settings.train, state.best, validation.fingerprint(), folder)
     state = replace(state, best=vars(best), info=state.info | note)
     if folder is None:
