@@ -108,6 +108,8 @@ def sweep(size: str, bf16: bool) -> list[Case]:
         cases += [dataclasses.replace(near, tile_tokens=n // few) for n in (4096, 8192)]
         cases += [dataclasses.replace(base, offload_activations=True)]
         cases += [dataclasses.replace(base, batch=n) for n in (1, 2, 8)]
+        if file == "zero3":
+            cases += [dataclasses.replace(base, loss_tokens=n // few) for n in (256, 4096)]
     other = dataclasses.replace(base, system="peer", deepspeed="none")
     return [*cases, *(dataclasses.replace(other, batch=n) for n in (1, 2, 4))]
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
@@ -22,6 +22,7 @@ from minilora.run.ds_config import SHIPPED, Facts, find_ds_config, resolve_ds_co
 from minilora.run.gathers import Zero
 from minilora.run.options import MARGIN, TILES, Option, best, longest_document, nearest, options
 from minilora.run.setup import Setup
+from minilora.run.stop import Lasting
 
 # A card sold with 24 GB has 24 x 2^30 bytes, of which the driver keeps a part: torch reports
 # 23.64 GiB for an RTX 4090, and 79.1 GiB for an H100 of 80 GB.
@@ -37,12 +38,7 @@ COLOURS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command. Returns 0 it fits, 1 it does not, 2 the request is wrong."""
-    parser = argparse.ArgumentParser("python -m minilora.plan", add_help=False, allow_abbrev=False)
-    parser.add_argument("--num_gpus", type=int, default=1)
-    parser.add_argument("--gpu_memory", type=float, default=24, help="GB, as the card is sold")
-    parser.add_argument("--link_gbps", type=float, default=80, help="Gbit/s into each GPU")
-    parser.add_argument("--explain", action="store_true", help="how each number comes about")
-    parser.add_argument("--plot", metavar="FILE.png", help="draw the ways that are compared")
+    parser = _parser()
     own, rest = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
     if {"-h", "--help"} & {*rest}:
         parser.print_help()
@@ -51,6 +47,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RequestError as error:
         print(*(f"error: {problem}" for problem in error.problems), sep="\n", file=sys.stderr)
         return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("python -m minilora.plan", add_help=False, allow_abbrev=False)
+    parser.add_argument("--num_gpus", type=int, default=1)
+    parser.add_argument("--gpu_memory", type=float, default=24, help="GB, as the card is sold")
+    parser.add_argument("--link_gbps", type=float, default=80, help="Gbit/s into each GPU")
+    parser.add_argument("--explain", action="store_true", help="how each number comes about")
+    parser.add_argument("--plot", metavar="FILE.png", help="draw the ways that are compared")
+    return parser
 
 
 def _run(own: argparse.Namespace, settings: Settings) -> int:
@@ -68,11 +74,7 @@ def _run(own: argparse.Namespace, settings: Settings) -> int:
         *table(asked.budget, own.explain),
         f"{'fits' if spare >= 0 else 'does not fit'}: {spare:+.2f} GiB of headroom\n",
         *_comparison(found, limit, own),
-        "\nlongest document that fits, with a gather of each block for itself:",
-        *(
-            f"  {file:<16}{longest_document(replace(setup, zero=zero), limit):>10,} tokens"
-            for file, zero in files.items()
-        ),
+        *_longest(setup, files, limit),
         sep="\n",
     )
     if spare < 0:
@@ -152,6 +154,15 @@ def _comparison(found: Sequence[Option], limit: int, own: argparse.Namespace) ->
         yield f"none is recommended: none leaves {1 - MARGIN:.0%} free"
 
 
+def _longest(setup: Setup, files: Mapping[str, Zero], limit: int) -> Iterator[str]:
+    """Lines: the longest context by file, with block inputs on the GPU and on the host."""
+    yield "\nlongest document that fits, alone in its span, in tokens (inputs offloaded):"
+    for file, zero in files.items():
+        ways = [replace(setup, zero=zero), replace(setup, zero=zero, offload_activations=True)]
+        here, away = (longest_document(way, limit) for way in ways)
+        yield f"  {file:<16}{here:>10,}{f'({away:,})' * setup.recompute:>12}"
+
+
 def asked_for(settings: Settings, ranks: int, bf16: bool) -> tuple[Option, dict[str, Zero]]:
     """What the settings ask for, and the DeepSpeed files that could serve, the asked one first.
 
@@ -196,4 +207,5 @@ def _plot(path: str, found: Sequence[Option], limit: int) -> None:
 
 
 if __name__ == "__main__":
+    sys.stdout = Lasting(sys.stdout.buffer)
     sys.exit(main())

@@ -11,7 +11,16 @@ from typing import Any
 import pytest
 import torch
 from merging import merge
-from runs import Ground, adapter, check_loading, costs, log, run_jobs, stage_file
+from runs import (
+    Ground,
+    adapter,
+    base_weights,
+    check_loading,
+    costs,
+    log,
+    run_jobs,
+    stage_file,
+)
 from safetensors.torch import load_file
 
 from minilora.files.weights import read_checkpoint

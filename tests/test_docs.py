@@ -140,7 +140,8 @@ def test_links_and_paths_lead_somewhere(path: Path) -> None:
 @pytest.mark.parametrize("path", DOCS, ids=lambda path: path.name)
 def test_options_in_the_text_exist(path: Path) -> None:
     known = {f"--{item.name}" for _, item in all_settings()} | {"--module"}
-    for module in ("minilora.generate", "minilora.merge", "minilora.plot", "minilora.preview"):
+    for module in ("minilora.generate", "minilora.merge", "minilora.plot", "minilora.preview",
+                   "minilora.plan"):  # fmt: skip
         known |= set(parser_of(module)._option_string_actions)
     for span in spans(text_of(path)):
         if span.startswith("--"):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from commands import fenced_commands, text_of
 from runs import Ground
 from test_plan import ROOT, article
 
@@ -24,6 +27,7 @@ from minilora.data.batches import (
 )
 from minilora.data.schedule import Schedule
 from minilora.model.shape import LlamaShape
+from minilora.plan import main as plan
 from minilora.run.budget import GIB, budget
 from minilora.run.forecast import Forecast
 from minilora.run.gathers import Zero
@@ -163,6 +167,43 @@ def test_each_advice_saves_what_it_says(file: str, phase: str) -> None:
         assert float(rest.split()[0]) == pytest.approx(saved / GIB, rel=0.01) and saved > 0
         more = (after.gathered - before.gathered) / 1e9
         assert (f"costs {more:.3g} GB more to gather" in rest) is (more > 0 and "PCIe" not in rest)
+
+
+def test_the_levers_need_what_the_plan_says(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """docs/memory.md: rows that start with a setting, parts and totals, longest documents."""
+    monkeypatch.chdir(ROOT)
+    text = text_of(ROOT / "docs" / "memory.md")
+    (command,) = [line for line in fenced_commands(text) if "minilora.plan" in line]
+
+    def says(*changes: str) -> str:
+        plan([*shlex.split(command)[3:], *changes])
+        return capsys.readouterr().out
+
+    def total(*changes: str) -> str:
+        return re.findall(r"fullest.* (\S+) GiB", says(*changes))[0]
+
+    levers = re.findall(r"^\| `(--[^`]+)` \| ([\d.]+) \|", text, re.MULTILINE)
+    assert len(levers) == 11
+    for change, told in [
+        ("", re.findall(r"^\| as it is \| (\S+)", text, re.MULTILINE)[0]),
+        *levers,
+    ]:
+        assert total(*change.split()) == told, change
+    spans = ["--gather_tokens", "8192"]
+    columns = [says(), says(*spans), says(*spans, "--deepspeed", "zero2")]
+    for part in ("parameters", "activations", "optimizer states", "accumulation", "fixed"):
+        (told,) = re.findall(rf"^\| {part}[^|]*\|(.*)\|[^|]*\|$", text, re.MULTILINE)
+        found = [re.findall(rf"^{part} +(\S+) GiB", column, re.MULTILINE)[0] for column in columns]
+        assert told.replace(" ", "").split("|") == found, part
+    (told,) = re.findall(r"^\| \*\*total\*\* (.*)\| of", text, re.MULTILINE)
+    assert re.findall(r"[\d.]+", told) == [total(*column) for column in (
+        [], spans, [*spans, "--deepspeed", "zero2"])]  # fmt: skip
+    for file, here, away in re.findall(r"^\| `(\w+)` \| (\S+) \| (\S+) \|$", text, re.MULTILINE):
+        assert re.search(rf"{file} +{here} +\({away}\)\n", columns[0]), file
+    assert f"19.96 with `{' '.join(spans)}`" in text
+    assert total(*spans, "--deepspeed", "zero0") == "19.96"
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

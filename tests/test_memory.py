@@ -27,7 +27,7 @@ def test_phases_are_read_off_the_traceback() -> None:
 
     hidden, targets = torch.zeros(1, 4, requires_grad=True), torch.zeros(1, dtype=torch.int64)
     strange = raised(lambda: head_loss(hidden, torch.zeros(3, 5), targets, 1.0))
-    assert phase_of(strange) == "the loss"
+    assert phase_of(strange) == "loss"
 
 
 def test_memory_of_this_process_grows_with_what_it_holds() -> None:
