@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from minilora.config import DataSettings, Settings, TrainSettings
+from minilora.config import DataSettings, MethodSettings, Settings, TrainSettings
 from minilora.model.shape import LlamaShape
 from minilora.plan import main, setup_of
 from minilora.run.budget import budget
@@ -212,13 +212,14 @@ def test_formulas_come_to_their_numbers(plan: Plan) -> None:
             ), line
 
 
-def article(**changes: Any) -> Any:
+def article(lora_rank: int = 8, **changes: Any) -> Any:
     shape = LlamaShape.from_config(
         json.loads((ROOT / "examples/llama-3.1-8b/config.json").read_text(encoding="utf-8"))
     )
     zero = Zero.of(json.loads((ROOT / "minilora/ds_configs/zero3.json").read_text()))
     train = TrainSettings(per_device_train_batch_size=4, gradient_accumulation_steps=4)
-    settings = Settings(data=DataSettings(cutoff_len=2048), train=train)
+    method, data = MethodSettings(lora_rank=lora_rank), DataSettings(cutoff_len=2048)
+    settings = Settings(method=method, data=data, train=train)
     return replace(setup_of(settings, shape, zero, 7), **changes)
 
 
