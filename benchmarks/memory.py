@@ -58,6 +58,8 @@ class Case:
     lora_rank: int = 16
     lora_dropout: float = 0.0
     lora_target: tuple[str, ...] = ("all",)
+    use_dora: bool = False
+    additional_target: tuple[str, ...] | None = None
     recompute: bool = True
     offload_activations: bool = False
     tied: bool = False
@@ -79,7 +81,9 @@ class Case:
             MethodSettings(
                 lora_rank=self.lora_rank,
                 lora_dropout=self.lora_dropout,
-                lora_target=self.lora_target,
+                lora_target=tuple(self.lora_target),
+                use_dora=self.use_dora,
+                additional_target=self.additional_target and tuple(self.additional_target),
             ),
             DataSettings(cutoff_len=self.cutoff_len, packing=self.packing),
             TrainSettings(

@@ -120,13 +120,13 @@ def test_a_run_that_does_not_fit_is_refused_before_weights_are_read(
 
 
 def forecast(limit: float, on_gpu: bool = True) -> Forecast:
-    setup = article(lora_rank=16, on_gpu=on_gpu)
+    setup = article(rank=16, on_gpu=on_gpu)
     return Forecast(Option("zero3", setup, budget(setup)), FILES, int(limit * GIB))
 
 
 def test_the_opening_warns_or_refuses() -> None:
     (line,) = forecast(23.64).opening(strict=True)
-    total = budget(article(lora_rank=16)).total / GIB
+    total = budget(article(rank=16)).total / GIB
     assert f"plan: {total:.4g} GiB per GPU" in line and "of 23.64: parameters" in line
     assert "up to 32,768 tokens" in line
     line, warning = forecast(10).opening(strict=False)
@@ -139,7 +139,7 @@ def test_the_opening_warns_or_refuses() -> None:
 def test_the_closing_compares_what_can_be_compared() -> None:
     read = [{"gpu_memory_allocated_gib": 12.5, "gpu_memory_reserved_gib": 13.0,
              "gpu_memory_used_gib": n} for n in (13.9, 14.1)]  # fmt: skip
-    needs = budget(article(lora_rank=16))
+    needs = budget(article(rank=16))
     line = forecast(23.64).closing(read)
     assert f"predicted {needs.tensors / GIB:.4g} GiB of tensors, measured 12.5 " in line
     assert f"predicted {needs.total / GIB:.4g}, in use 14.1 (reserved by torch 13)" in line
@@ -151,7 +151,7 @@ def test_the_closing_compares_what_can_be_compared() -> None:
 @pytest.mark.parametrize("file", NAMES)
 def test_each_advice_saves_what_it_says(file: str, phase: str) -> None:
     """Each change, planned again by itself."""
-    setup = article(lora_rank=16, zero=FILES[file])
+    setup = article(rank=16, zero=FILES[file])
     asked = Option(file, setup, budget(setup))
     lines = advice(asked, FILES, phase, int(23.64 * GIB))
     assert len(lines) == 3

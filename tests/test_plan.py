@@ -29,6 +29,7 @@ ARTICLE += ["--model_name_or_path", str(ROOT / "examples/llama-3.1-8b")]
 # scratch memory. The model has 4 blocks of hidden size 256, and 4096 words.
 BASE: dict[str, Any] = {"bf16": False, "cutoff_len": 128, "lora_rank": 8}
 BASE |= {"accumulation": 2, "tile_tokens": 256, "loss_tokens": 128}
+WHOLE = ["embed_tokens", "lm_head"]
 CASES: dict[int, list[dict[str, Any]]] = {
     1: [
         {"deepspeed": "zero0"},
@@ -38,6 +39,9 @@ CASES: dict[int, list[dict[str, Any]]] = {
         {"deepspeed": "zero0", "cutoff_len": 1024, "batch": 1, "gather_tokens": 1024},
         {"deepspeed": "zero0", "cutoff_len": 1024, "batch": 1, "tile_tokens": 64},
         {"deepspeed": "zero3", "loss_tokens": 512},
+        {"deepspeed": "zero0", "use_dora": True},
+        {"deepspeed": "zero0", "use_dora": True, "recompute": False},
+        {"deepspeed": "zero0", "additional_target": WHOLE},
     ],
     2: [
         {"deepspeed": "zero3"},
@@ -47,6 +51,9 @@ CASES: dict[int, list[dict[str, Any]]] = {
         {"deepspeed": "zero2", "tile_tokens": 1024, "reduce_bucket_size": 10**6},
         {"deepspeed": "zero2", "bf16": True, "loss_tokens": 1024},
         {"deepspeed": "zero3", "offload_activations": True},
+        {"deepspeed": "zero3", "additional_target": WHOLE, "gather_tokens": 512},
+        {"deepspeed": "zero3", "additional_target": WHOLE[:1], "use_dora": True},
+        {"deepspeed": "zero2", "additional_target": WHOLE, "gather_tokens": 512},
     ],
     3: [
         {"deepspeed": "zero3", "packing": True, "gather_tokens": 512},
@@ -58,6 +65,7 @@ CASES: dict[int, list[dict[str, Any]]] = {
         {"deepspeed": "zero3", "tile_tokens": 1024, "loss_tokens": 512},
         {"deepspeed": "zero2", "tile_tokens": 128},
         {"deepspeed": "zero0", "batch": 1},
+        {"deepspeed": "zero3", "additional_target": WHOLE[1:]},
     ],
 }
 Row = dict[str, Any]
@@ -212,13 +220,13 @@ def test_formulas_come_to_their_numbers(plan: Plan) -> None:
             ), line
 
 
-def article(lora_rank: int = 8, **changes: Any) -> Any:
+def article(rank: int = 8, **changes: Any) -> Any:
     shape = LlamaShape.from_config(
         json.loads((ROOT / "examples/llama-3.1-8b/config.json").read_text(encoding="utf-8"))
     )
     zero = Zero.of(json.loads((ROOT / "minilora/ds_configs/zero3.json").read_text()))
     train = TrainSettings(per_device_train_batch_size=4, gradient_accumulation_steps=4)
-    method, data = MethodSettings(lora_rank=lora_rank), DataSettings(cutoff_len=2048)
+    method, data = MethodSettings(lora_rank=rank), DataSettings(cutoff_len=2048)
     settings = Settings(method=method, data=data, train=train)
     return replace(setup_of(settings, shape, zero, 7), **changes)
 
@@ -244,14 +252,14 @@ def test_no_more_than_two_blocks_of_the_8b_model_are_ever_gathered(file: str) ->
 def test_the_articles_job_needs_what_it_may_need() -> None:
     """The goals that were set: 15 GiB in one span, 8 in spans of 8192 tokens, 20 on ZeRO-0."""
     whole = Zero.of(json.loads((ROOT / "minilora/ds_configs/zero0.json").read_text()))
-    assert budget(article(lora_rank=16)).total < 15 * 2**30
-    assert budget(article(lora_rank=16, gather_tokens=8192)).total < 8 * 2**30
-    assert budget(article(lora_rank=16, gather_tokens=8192, zero=whole)).total < 20 * 2**30
+    assert budget(article(rank=16)).total < 15 * 2**30
+    assert budget(article(rank=16, gather_tokens=8192)).total < 8 * 2**30
+    assert budget(article(rank=16, gather_tokens=8192, zero=whole)).total < 20 * 2**30
 
 
 def test_the_articles_sums() -> None:
     """The model has 8,030,261,248 parameters; LoRA of rank 16 on all layers 41,943,040."""
-    needs = budget(article(lora_rank=16))
+    needs = budget(article(rank=16))
     sizes = {term.name: term.bytes for term in needs.terms}
     assert sizes["weights, shard"] == pytest.approx(2 * 8_030_261_248 / 7, rel=1e-3)
     assert sizes["Adam moments, fp32"] == pytest.approx(8 * 41_943_040 / 7, rel=1e-3)

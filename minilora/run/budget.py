@@ -250,30 +250,34 @@ def _gradients(setup: Setup, moment: Moment) -> Iterator[Term]:
     elif zero.stage < 3:
         bucket = (1 + zero.overlap_comm) * zero.reduce_bucket_size * (done > 0)
         yield Term("accumulation", "reduce buckets", bucket, setup.size)
-        shard = -(-layers * block // setup.ranks) * more
+        shard = -(-(layers * block + sum(setup.whole.values())) // setup.ranks) * more
         yield Term("accumulation", "LoRA gradients, shard", shard, setup.size)
     if setup.whole:
         yield from _whole_gradients(setup, moment)
 
 
 def _whole_gradients(setup: Setup, moment: Moment) -> Iterator[Term]:
-    """Those of head and table where they are trained; at stage 0 they stay until the step.
+    """Those of head and table where they are trained.
 
-    The head's is made in the loss, summed in fp32 from the products of chunks.
+    The head's is made in the loss, summed in fp32 from the products of chunks; each product comes
+    when two of the logits' temporaries are gone. It stays: until the step at stage 0, and else
+    for the first blocks of backward at least, until DeepSpeed's next reduction.
     """
     head, table = (setup.whole.get(WHOLE[name], 0) for name in ("lm_head", "embed_tokens"))
-    name, s = moment.module.name, setup.size
+    name, s, reduced = moment.module.name, setup.size, setup.zero.stage > 0
     if name == "head" and not moment.backward:
-        yield Term("accumulation", "head's gradient: fp32, a chunk's", head, 4 + s)
-        if not setup.zero.stage and setup.bf16:
+        logits = min(setup.loss_tokens, setup.span) * setup.shape.vocab_size * 4
+        yield Term("accumulation", "head's gradient, fp32", head, 4)
+        yield Term("accumulation", "head's gradient, a chunk's", max(0, head * s - 2 * logits), 1)
+        if not reduced and setup.bf16:
             yield Term("parameters", "head in bf16", head, s)
     elif moment.backward:
-        made = 2 * head * (name == "head") + table * (name == "embedding")
+        made = 2 * head * (name == "head") + (1 + reduced) * table * (name == "embedding")
         yield Term("accumulation", "gradients of head and table, made", made, s)
-    if not setup.zero.stage:
-        kept = head * (moment.backward and name != "head") + table * (name == "embedding")
-        kept = head + table if setup.spans > 1 else kept
-        yield Term("accumulation", "gradients of head and table, fp32", kept, 4)
+    kept = head * (moment.backward and name != "head")
+    if not reduced:
+        kept = head + table if setup.spans > 1 else kept + table * (name == "embedding")
+    yield Term("accumulation", "gradients of head and table, kept", kept, s if reduced else 4)
 
 
 def _host(setup: Setup) -> Iterator[Term]:
