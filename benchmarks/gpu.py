@@ -207,7 +207,7 @@ def read(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser("python -m benchmarks.gpu", description=__doc__)
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--size", default="8b", choices=tuple(SIZES))
-    parser.add_argument("--minutes", type=float, default=9.5, help="start nothing after these")
+    parser.add_argument("--minutes", type=float, default=9, help="start nothing after these")
     parser.add_argument("--first", type=int, help="only so many rows of memory, and of speed")
     parser.add_argument("--parity", action="store_true", help="that part alone, in this process")
     parser.add_argument("--out", type=Path, help="append the JSON lines here")

@@ -159,6 +159,14 @@ def test_the_articles_job_fits_seven_cards_and_not_small_ones(plan: Plan) -> Non
     assert "does not fit: -" in output
 
 
+def test_gathers_take_the_time_that_the_link_takes(plan: Plan) -> None:
+    """30.02 GB, of which 6 of 7 parts come from others: 206 Gbit."""
+    for link, seconds in (("80", "2.6"), ("20", "10.3")):
+        _, output = plan(*ARTICLE, "--link_gbps", link)
+        (row,) = re.findall(r"^zero3 +recomputed +step .*$", output, re.MULTILINE)
+        assert row.split()[-3:] == ["30.0", "GB", seconds]
+
+
 @pytest.mark.parametrize("memory", ["4.5", "6", "12"])
 def test_nearest_settings_really_fit(plan: Plan, memory: str) -> None:
     words = [*ARTICLE, "--per_device_train_batch_size", "16", "--gpu_memory", memory]

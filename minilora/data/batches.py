@@ -184,7 +184,7 @@ def worst_span(documents: Documents, tokens: int, limits: TileLimits) -> Span:
     """
     longest = int(documents.lengths.max())
     left = min(tokens, max(limits.gather_tokens or tokens, longest))
-    numbers = np.resize(documents.tokens, left).astype(np.int64)
+    numbers = np.resize(documents.tokens[:left], left).astype(np.int64)
     labelled = int(np.ceil(left * (documents.labelled / documents.lengths).max()))
     targets = np.where(np.arange(left) < labelled, numbers, NO_LABEL)
     tiles = []
