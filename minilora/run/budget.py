@@ -260,15 +260,15 @@ def _whole_gradients(setup: Setup, moment: Moment) -> Iterator[Term]:
     """Those of head and table where they are trained.
 
     The head's is made in the loss, summed in fp32 from the products of chunks; each product comes
-    when two of the logits' temporaries are gone. It stays: until the step at stage 0, and else
+    when of the logits only their gradient is left. It stays: until the step at stage 0, and else
     for the first blocks of backward at least, until DeepSpeed's next reduction.
     """
     head, table = (setup.whole.get(WHOLE[name], 0) for name in ("lm_head", "embed_tokens"))
     name, s, reduced = moment.module.name, setup.size, setup.zero.stage > 0
     if name == "head" and not moment.backward:
-        logits = min(setup.loss_tokens, setup.span) * setup.shape.vocab_size * 4
+        gone = min(setup.loss_tokens, setup.span) * setup.shape.vocab_size * 4 * setup.bf16
         yield Term("accumulation", "head's gradient, fp32", head, 4)
-        yield Term("accumulation", "head's gradient, a chunk's", max(0, head * s - 2 * logits), 1)
+        yield Term("accumulation", "head's gradient, a chunk's", max(0, head * s - gone), 1)
         if not reduced and setup.bf16:
             yield Term("parameters", "head in bf16", head, s)
     elif moment.backward:
