@@ -58,7 +58,7 @@ class Case:
     lora_rank: int = 16
     lora_dropout: float = 0.0
     lora_target: tuple[str, ...] = ("all",)
-    recompute: bool = True
+    keep_blocks: int = 0
     offload_activations: bool = False
     tied: bool = False
     packing: bool = False
@@ -75,7 +75,7 @@ class Case:
 
     def settings(self) -> Settings:
         return Settings(
-            ModelSettings("made up", disable_gradient_checkpointing=not self.recompute),
+            ModelSettings("made up"),
             MethodSettings(
                 lora_rank=self.lora_rank,
                 lora_dropout=self.lora_dropout,
@@ -89,6 +89,7 @@ class Case:
                 gather_tokens=self.gather_tokens,
                 loss_tokens=self.loss_tokens,
                 offload_activations=self.offload_activations,
+                keep_blocks=self.keep_blocks,
                 bf16=self.bf16,
             ),
         )
@@ -140,7 +141,7 @@ def _engine(case: Case, size: Size, world: World) -> MadeUp:
         adapter={},
         train=settings.train,
         ds_config=_ds_config(case, size, world.size),
-        recompute=case.recompute,
+        keep_blocks=case.keep_blocks,
     )
     return MadeUp(world, plan)
 
@@ -200,7 +201,8 @@ def predict(case: Case, size: Size, ranks: int, on_gpu: bool) -> dict[str, Any]:
     if case.offload_activations and not on_gpu:  # what is away is counted with the rest
         inputs = next(t.bytes for t in needs.host if t.name.startswith("block inputs")) // ranks
         for phase in ("forward", "loss", "recompute"):
-            phases[phase] += inputs * (size.layers - (phase == "recompute")) // size.layers
+            away = size.layers - case.keep_blocks
+            phases[phase] += inputs * (away - (phase == "recompute")) // away
     found = {"run": max(phases.values()), "total": needs.total, "gathered": needs.gathered}
     found |= phases
     for term in needs.terms:

@@ -96,6 +96,9 @@ def setup_of(settings: Settings, shape: LlamaShape, zero: Zero, ranks: int) -> S
         raise RequestError([f"lora_target: no layer is called {n}; {known}" for n in unknown])
     every, longest = "all" in method.lora_target, settings.data.cutoff_len
     documents = train.per_device_train_batch_size * train.gradient_accumulation_steps
+    keep = shape.num_layers if settings.model.disable_gradient_checkpointing else train.keep_blocks
+    if keep is not None and keep > shape.num_layers:
+        raise RequestError([f"keep_blocks: {keep}; the model has {shape.num_layers} blocks"])
     return Setup(
         shape=shape,
         zero=zero,
@@ -104,7 +107,7 @@ def setup_of(settings: Settings, shape: LlamaShape, zero: Zero, ranks: int) -> S
         targets=tuple(name for name in layers if every or name in method.lora_target),
         dropout=method.lora_dropout > 0,
         bf16=train.bf16 is not False,
-        recompute=not settings.model.disable_gradient_checkpointing,
+        keep_blocks=keep or 0,
         tile_tokens=train.tile_tokens,
         gather_tokens=train.gather_tokens,
         loss_tokens=train.loss_tokens,

@@ -33,7 +33,8 @@ CASES: dict[int, list[dict[str, Any]]] = {
     1: [
         {"deepspeed": "zero0"},
         {"deepspeed": "zero0", "tile_tokens": 512, "gather_tokens": 512, "lora_rank": 32},
-        {"deepspeed": "zero0", "recompute": False},
+        {"deepspeed": "zero0", "keep_blocks": 4},
+        {"deepspeed": "zero0", "keep_blocks": 4, "cutoff_len": 1024, "batch": 1, "tile_tokens": 64},
         {"deepspeed": "zero0", "lora_dropout": 0.1, "lora_rank": 32},
         {"deepspeed": "zero0", "cutoff_len": 1024, "batch": 1, "gather_tokens": 1024},
         {"deepspeed": "zero0", "cutoff_len": 1024, "batch": 1, "tile_tokens": 64},
@@ -42,11 +43,13 @@ CASES: dict[int, list[dict[str, Any]]] = {
     2: [
         {"deepspeed": "zero3"},
         {"deepspeed": "zero3", "tied": True, "gather_tokens": 512},
-        {"deepspeed": "zero3", "recompute": False, "lora_target": ["q_proj", "v_proj"]},
+        {"deepspeed": "zero3", "keep_blocks": 4, "lora_target": ["q_proj", "v_proj"]},
         {"deepspeed": "zero2", "gather_tokens": 512},
         {"deepspeed": "zero2", "tile_tokens": 1024, "reduce_bucket_size": 10**6},
         {"deepspeed": "zero2", "bf16": True, "loss_tokens": 512},
         {"deepspeed": "zero3", "offload_activations": True},
+        {"deepspeed": "zero3", "keep_blocks": 2, "gather_tokens": 512},
+        {"deepspeed": "zero3", "keep_blocks": 1, "offload_activations": True},
     ],
     3: [
         {"deepspeed": "zero3", "packing": True, "gather_tokens": 512},
@@ -230,7 +233,7 @@ def test_the_articles_sums() -> None:
     # Each block twice, embedding and head once, and one block that stays from forward to backward.
     once, blocks = 2 * 525_336_576, 32 * 218_103_808
     assert 2 * (once + 1.9 * blocks) < needs.gathered < 2 * (once + 2 * blocks) * 1.01
-    kept = budget(article(recompute=False))
+    kept = budget(article(keep_blocks=32))
     assert kept.total > 5 * needs.total
 
 

@@ -155,6 +155,9 @@ class TrainSettings:
         1024, "Ours: labelled tokens whose logits exist at one time in the loss.", at_least=1)
     offload_activations: bool = setting(
         False, "Ours: keep the blocks' inputs in host memory between forward and backward.")
+    keep_blocks: int | None = setting(
+        None, "Ours: last blocks that keep their activations, not recomputed. Default: all that fit.",
+        at_least=0)
     verbose_deepspeed: bool = setting(False, "Ours: print DeepSpeed's own log lines too.")
 # fmt: on
 
@@ -215,6 +218,9 @@ class Settings:
             f"{name('offload_activations')} moves what recomputing starts from: set "
             "disable_gradient_checkpointing to false":
                 self.train.offload_activations and self.model.disable_gradient_checkpointing,
+            f"{name('disable_gradient_checkpointing')} keeps every block; remove "
+            f"{name('keep_blocks')}": self.model.disable_gradient_checkpointing
+                and self.train.keep_blocks is not None,
             f"{name('eval_strategy')}: nothing to validate with; give eval_dataset or val_size":
                 self.train.eval_strategy != "no" and not held_out,
             f"{name('eval_dataset')} and {name('val_size')}: give one of them":

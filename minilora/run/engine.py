@@ -33,7 +33,8 @@ MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, by torch's names
 class Plan:
     """What the engine builds: which weights, which adapter, how partitioned.
 
-    adapter: parameter name to tensor, to continue from; empty for a new one.
+    adapter: parameter name to tensor, to continue from; empty for a new one. keep_blocks: how many
+    blocks, the last ones, keep their activations.
     """
 
     checkpoint: Checkpoint
@@ -41,7 +42,7 @@ class Plan:
     adapter: Mapping[str, Tensor]
     train: TrainSettings
     ds_config: dict[str, Any]
-    recompute: bool
+    keep_blocks: int
 
 
 class Engine:
@@ -205,7 +206,7 @@ class Engine:
         torch.set_default_dtype(self.dtype)
         try:
             with self._placement(plan.ds_config):
-                model = Llama(self.shape, plan.recompute)
+                model = Llama(self.shape, plan.keep_blocks)
                 inject(model, plan.lora, plan.train.seed, self.trained_dtype)
             model.lm_head.chunk_rows = plan.train.loss_tokens
             if plan.train.offload_activations:

@@ -15,7 +15,8 @@ class Setup:
     """All that the memory of one rank depends on; the names are those of the settings.
 
     step_tokens: most tokens of a rank in an optimizer step; longest: most in one document;
-    on_gpu: False counts the CPU's attention, which copies more.
+    keep_blocks: blocks, the last ones, whose activations are kept; on_gpu: False counts the CPU's
+    attention, which copies more.
     """
 
     shape: LlamaShape
@@ -25,7 +26,7 @@ class Setup:
     targets: tuple[str, ...]
     dropout: bool
     bf16: bool
-    recompute: bool
+    keep_blocks: int
     tile_tokens: int
     gather_tokens: int | None
     loss_tokens: int
