@@ -31,12 +31,13 @@ from minilora.data.schedule import Schedule
 from minilora.files.weights import Checkpoint
 from minilora.model.lora import LoraShape, resolve_targets
 from minilora.model.shape import LlamaShape
-from minilora.plan import USABLE, setup_of
+from minilora.plan import USABLE
 from minilora.run.budget import GIB, budget
 from minilora.run.ds_config import Facts, find_ds_config, resolve_ds_config
 from minilora.run.engine import Plan
 from minilora.run.gathers import Zero
-from minilora.run.setup import Setup
+from minilora.run.phases import Phases
+from minilora.run.setup import Setup, setup_of
 from minilora.run.world import World
 
 BLOCK_8B = 218_103_808  # elements of a block of the model that ds_configs is made for
@@ -143,7 +144,7 @@ def _engine(case: Case, size: Size, world: World) -> MadeUp:
         ds_config=_ds_config(case, size, world.size),
         keep_blocks=case.keep_blocks,
     )
-    return MadeUp(world, plan)
+    return MadeUp(world, plan, Phases())
 
 
 def _stepper(case: Case, engine: MadeUp, meter: GpuMeter | CpuMeter) -> Callable[[], None]:

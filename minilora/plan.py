@@ -19,8 +19,17 @@ from minilora.model.shape import LlamaShape
 from minilora.run.budget import GIB, Budget, budget
 from minilora.run.ds_config import SHIPPED, Facts, find_ds_config, resolve_ds_config
 from minilora.run.gathers import Zero
-from minilora.run.options import MARGIN, TILES, Option, best, longest_document, nearest, options
-from minilora.run.setup import Setup
+from minilora.run.options import (
+    MARGIN,
+    TILES,
+    Option,
+    best,
+    blocks_to_keep,
+    longest_document,
+    nearest,
+    options,
+)
+from minilora.run.setup import setup_of
 
 # A card sold with 24 GB has 24 x 2^30 bytes, of which the driver keeps a part: torch reports
 # 23.64 GiB for an RTX 4090, and 79.1 GiB for an H100 of 80 GB.
@@ -65,7 +74,8 @@ def _run(own: argparse.Namespace, settings: Settings) -> int:
         f"deepspeed: {asked.file}\nan optimizer step has at most {setup.step_tokens:,} tokens per "
         f"GPU, in documents of up to {setup.longest:,}",
         *table(asked.budget, own.explain),
-        f"{'fits' if spare >= 0 else 'does not fit'}: {spare:+.2f} GiB of headroom\n",
+        f"{'fits' if spare >= 0 else 'does not fit'}: {spare:+.2f} GiB of headroom",
+        *_kept(settings, asked, limit),
         *_comparison(found, limit, own),
         "\nlongest document that fits, with a gather of each block for itself:",
         *(
@@ -78,43 +88,13 @@ def _run(own: argparse.Namespace, settings: Settings) -> int:
         offers = nearest(asked, files, limit)
         print("\nnearest settings that fit:" if offers else "\nnothing fits, whatever is set")
         for option in offers:
-            print(f"  {option.budget.total / GIB:6.2f} GiB  {', '.join(option.changes(asked))}")
+            changes = ", ".join(option.changes(asked))
+            if settings.model.disable_gradient_checkpointing:
+                changes = changes.replace("keep_blocks: 0", "disable_gradient_checkpointing: false")
+            print(f"  {option.budget.total / GIB:6.2f} GiB  {changes}")
     if own.plot:
         _plot(own.plot, found, limit)
     return 0 if spare >= 0 else 1
-
-
-def setup_of(settings: Settings, shape: LlamaShape, zero: Zero, ranks: int) -> Setup:
-    """What the settings mean for one rank at worst: every document cutoff_len tokens long.
-
-    Raises RequestError for a lora_target that names no layer.
-    """
-    train, method, layers = settings.train, settings.method, tuple(shape.linear_shapes())
-    unknown = [name for name in method.lora_target if name not in (*layers, "all")]
-    if unknown:
-        known = f"known: {', '.join(layers)}"
-        raise RequestError([f"lora_target: no layer is called {n}; {known}" for n in unknown])
-    every, longest = "all" in method.lora_target, settings.data.cutoff_len
-    documents = train.per_device_train_batch_size * train.gradient_accumulation_steps
-    keep = shape.num_layers if settings.model.disable_gradient_checkpointing else train.keep_blocks
-    if keep is not None and keep > shape.num_layers:
-        raise RequestError([f"keep_blocks: {keep}; the model has {shape.num_layers} blocks"])
-    return Setup(
-        shape=shape,
-        zero=zero,
-        ranks=ranks,
-        lora_rank=method.lora_rank,
-        targets=tuple(name for name in layers if every or name in method.lora_target),
-        dropout=method.lora_dropout > 0,
-        bf16=train.bf16 is not False,
-        keep_blocks=keep or 0,
-        tile_tokens=train.tile_tokens,
-        gather_tokens=train.gather_tokens,
-        loss_tokens=train.loss_tokens,
-        offload_activations=train.offload_activations,
-        step_tokens=documents * longest,
-        longest=longest,
-    )
 
 
 def table(needs: Budget, explain: bool = False) -> Iterator[str]:
@@ -131,6 +111,17 @@ def table(needs: Budget, explain: bool = False) -> Iterator[str]:
     for term in (term for term in needs.host if term.bytes):
         how = f"  = {term.formula}" * explain
         yield f"{'the host: ' + term.name:<40}{term.bytes / GIB:8.2f} GiB{how}"
+
+
+def _kept(settings: Settings, asked: Option, limit: int) -> Iterator[str]:
+    """What a run does with the headroom where the settings leave it to the run."""
+    if settings.keeps_what_fits:
+        keep, layers = blocks_to_keep(asked.setup, limit), asked.setup.shape.num_layers
+        yield (
+            f"{keep} of {layers} blocks would keep their activations, more with shorter rows: "
+            "see keep_blocks"
+        )
+    yield ""
 
 
 def _comparison(found: Sequence[Option], limit: int, own: argparse.Namespace) -> Iterator[str]:

@@ -16,10 +16,11 @@ import pytest
 
 from minilora.config import DataSettings, Settings
 from minilora.model.shape import LlamaShape
-from minilora.plan import main, setup_of
+from minilora.plan import main
 from minilora.run.budget import budget
 from minilora.run.gathers import Zero
-from minilora.run.options import longest_document
+from minilora.run.options import blocks_to_keep, longest_document
+from minilora.run.setup import setup_of
 
 ROOT = Path(__file__).resolve().parent.parent
 ARTICLE = [str(ROOT / "examples/llama31_8b_7x4090.yaml"), "--num_gpus", "7"]
@@ -192,6 +193,8 @@ def test_no_torch_no_gpu_no_weights_and_soon() -> None:
         (["--deepspeed", "zero9"], "zero9: no such file"),
         (["--lora_target", "q_prj"], "no layer is called q_prj"),
         (["--gpu_memry", "24"], "not a known key"),
+        (["--keep_blocks", "40"], "the model has 32 blocks"),
+        (["--keep_blocks", "4", "--disable_gradient_checkpointing", "true"], "remove keep_blocks"),
         (["--gather_tokens", "100"], "less than tile_tokens"),
     ],
 )
@@ -235,6 +238,18 @@ def test_the_articles_sums() -> None:
     assert 2 * (once + 1.9 * blocks) < needs.gathered < 2 * (once + 2 * blocks) * 1.01
     kept = budget(article(keep_blocks=32))
     assert kept.total > 5 * needs.total
+
+
+def test_blocks_are_kept_while_they_fit() -> None:
+    """One token has 160 KB of activations in a block, so 32,768 of them 5.2 GB."""
+    for gib, expected in ((4, 0), (16, 0), (24, 1), (40, 4), (200, 32)):
+        limit = gib * 2**30
+        keep = blocks_to_keep(article(), limit)
+        assert budget(article(keep_blocks=keep)).total <= 0.95 * limit or keep == 0
+        if keep < 32:
+            assert budget(article(keep_blocks=keep + 1)).total > 0.95 * limit
+        assert keep == expected
+    assert blocks_to_keep(article(step_tokens=2048), 24 * 2**30) == 32
 
 
 def test_the_longest_document_is_the_longest() -> None:

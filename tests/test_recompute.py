@@ -65,7 +65,10 @@ def gradients(model: Llama, tiles: list[tuple[int, ...]]) -> dict[str, Tensor]:
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("keep", [0, 1, 2])
 def test_gradients_are_bit_equal_to_autograds_in_one_tile(keep: int, dropout: float) -> None:
-    expected, found = gradients(plain(dropout), [LENGTHS]), gradients(llama(keep, dropout), [LENGTHS])
+    expected, found = (
+        gradients(plain(dropout), [LENGTHS]),
+        gradients(llama(keep, dropout), [LENGTHS]),
+    )
     for name, grad in expected.items():
         assert torch.equal(grad, found[name]), name
 

@@ -194,6 +194,11 @@ class Settings:
         """packing, or its default: yes for plain text, no for conversations."""
         return self.method.stage == "pt" if self.data.packing is None else self.data.packing
 
+    @property
+    def keeps_what_fits(self) -> bool:
+        """Whether as many blocks keep their activations as fit: neither all nor a number is asked."""
+        return self.train.keep_blocks is None and not self.model.disable_gradient_checkpointing
+
     def to_dict(self) -> dict[str, Any]:
         """Every key and value, flat and in the order of --help."""
         return {

@@ -140,7 +140,7 @@ def build_step(
     do not change.
     """
     lengths = documents.offsets[rows + 1] - documents.offsets[rows]
-    shares = _deal(lengths, place.world_size)
+    shares = deal(lengths, place.world_size)
     share = shares[place.rank]
     limit = limits.gather_tokens or int(lengths.sum())
     spans_wanted = max(1, *(len(_pack(lengths[other], limit)) for other in shares))
@@ -155,7 +155,7 @@ def build_step(
     return Step(spans, labelled, int(lengths.sum()), rows, rows[share])
 
 
-def _deal(lengths: Int64s, world_size: int) -> list[Int64s]:
+def deal(lengths: Int64s, world_size: int) -> list[Int64s]:
     """Indices into `lengths` for every rank: longest first, each to the rank with fewest tokens."""
     loads = [(0, rank) for rank in range(world_size)]
     shares: list[list[int]] = [[] for _ in range(world_size)]

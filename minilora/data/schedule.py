@@ -79,6 +79,14 @@ class Schedule:
         epoch, index = self._place(step)
         return epoch + (self._skipped(epoch) + index + 1) / self.steps_per_epoch(epoch)
 
+    def heaviest_rows(self) -> Int64s:
+        """The longest documents, as many as share a step: no step has more tokens. int64."""
+        longest, count = np.argsort(-self.lengths, kind="stable"), self.rows_per_step
+        if self.packing:
+            running = np.cumsum(self.lengths[longest])
+            count = int(np.searchsorted(running, count * self.cutoff_len, side="right"))
+        return longest[: max(count, 1)]
+
     @property
     def _first_epoch(self) -> int:
         """The epoch in which the next document lies."""

@@ -109,9 +109,7 @@ class _Keep(torch.autograd.Function):
     """A forward with a graph for each tile, which backward goes through."""
 
     @staticmethod
-    def forward(
-        ctx: Any, body: Any, tiles: Any, hidden: Tensor, *parameters: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, body: Any, tiles: Any, hidden: Tensor, *parameters: Tensor) -> Tensor:
         ctx.tiles, ctx.parameters, ctx.graphs = tiles, parameters, []
         output = torch.empty_like(hidden)
         for tile in tiles:

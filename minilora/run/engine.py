@@ -24,6 +24,7 @@ from minilora.model.llama import Block, Llama
 from minilora.model.lora import LoraShape, inject, lora_parameters
 from minilora.model.tiles import document_tiles
 from minilora.run.ds_config import zero_stage
+from minilora.run.phases import Phases
 from minilora.run.world import World, wants_bf16
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, by torch's names
@@ -48,7 +49,7 @@ class Plan:
 class Engine:
     """A Llama with LoRA in DeepSpeed's hands."""
 
-    def __init__(self, world: World, plan: Plan) -> None:
+    def __init__(self, world: World, plan: Plan, phases: Phases) -> None:
         _wake_deepspeed(world, plan)
         self.world, self.shape = world, plan.checkpoint.shape
         self.stage = zero_stage(plan.ds_config)
@@ -58,12 +59,14 @@ class Engine:
         self.trained_dtype = self.dtype if self.stage else torch.float32
         ds_config = plan.ds_config | ({} if self.stage else {"bf16": {"enabled": False}})
         self.model = self._build(plan)
+        phases.done("model")
         with world.agreed():
             self.bytes_read = read_pieces(plan.checkpoint, self._pieces())
         for name, parameter in lora_parameters(self.model):
             if name in plan.adapter:
                 start, kept = self._partition(parameter)
                 kept.copy_(plan.adapter[name].view(-1)[start : start + len(kept)])
+        phases.done("weights")
         if self.stage == 3:
             ds.set_z3_leaf_modules(self.model, [Block])
         train, self.tile_tokens = plan.train, plan.train.tile_tokens
@@ -80,6 +83,7 @@ class Engine:
             model=self.model, optimizer=self.adam, config=ds_config, dist_init_required=False
         )
         self.engine.train()
+        phases.done("DeepSpeed")
         self.grad_norm = 0.0
 
     def forward_backward(self, span: Span, scale: float, last: bool) -> Tensor:

@@ -79,14 +79,7 @@ def probe(world: World, engine: Engine, job: Job) -> None:
 
     The loss is multiplied by zero: the gradients that wait for the first step are exact zeros.
     """
-    schedule = job.schedule
-    longest = np.argsort(-schedule.lengths, kind="stable")
-    if schedule.packing:
-        room = schedule.rows_per_step * schedule.cutoff_len
-        count = int(np.searchsorted(np.cumsum(schedule.lengths[longest]), room, side="right"))
-    else:
-        count = schedule.rows_per_step
-    batch = _batch(world, job, job.documents, longest[: max(count, 1)])
+    batch = _batch(world, job, job.documents, job.schedule.heaviest_rows())
     largest = max(batch.spans, key=lambda span: len(span.token_ids))
     engine.forward_backward(largest, 0.0, last=False)
 

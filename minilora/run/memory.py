@@ -6,7 +6,8 @@ from pathlib import Path
 
 import torch
 
-GIB = 2**30
+from minilora.run.budget import CONTEXT, GIB
+
 CPU_FIGURES = {"rss_gib": "VmRSS:", "rss_peak_gib": "VmHWM:"}
 # What is going on, by the file and function that run; the innermost one known counts.
 PHASES = {
@@ -39,6 +40,23 @@ def read_memory(device: torch.device) -> dict[str, float]:
     lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     kib = dict(line.split()[:2] for line in lines if line.startswith("Vm"))
     return {name: int(kib[key]) / 2**20 for name, key in CPU_FIGURES.items()}
+
+
+def memory_limit(device: torch.device, processes: int) -> int:
+    """Bytes that one of this machine's processes may take, before it builds its model.
+
+    On a GPU what is free, and the context that lies there already. On a CPU half of its share of
+    what the machine, or the container, has left: others live there, and it may not swap.
+    """
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        return int(min(total, free + CONTEXT))
+    lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+    left = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    group = Path("/sys/fs/cgroup")
+    if (group / "memory.max").exists() and (most := (group / "memory.max").read_text()) != "max\n":
+        left = min(left, int(most) - int((group / "memory.current").read_text()))
+    return left // (2 * processes)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

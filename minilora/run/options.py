@@ -26,8 +26,9 @@ class Option:
     @property
     def blocks(self) -> str:
         """What becomes of the blocks' activations between forward and backward."""
-        kind = "offloaded" if self.setup.offload_activations else "recomputed"
-        return kind if self.setup.recompute else "kept"
+        setup, kind = self.setup, "offloaded" if self.setup.offload_activations else "recomputed"
+        keep, layers = setup.keep_blocks, setup.shape.num_layers
+        return kind if keep == 0 else "kept" if keep == layers else f"{keep} kept"
 
     def changes(self, other: Option) -> list[str]:
         """The settings to write so that `other` becomes this."""
@@ -37,7 +38,7 @@ class Option:
             "gather_tokens": (mine.gather_tokens, theirs.gather_tokens),
             "tile_tokens": (mine.tile_tokens, theirs.tile_tokens),
             "loss_tokens": (mine.loss_tokens, theirs.loss_tokens),
-            "disable_gradient_checkpointing": (not mine.recompute, not theirs.recompute),
+            "keep_blocks": (mine.keep_blocks, theirs.keep_blocks),
             "offload_activations": (mine.offload_activations, theirs.offload_activations),
             "cutoff_len": (mine.longest, theirs.longest),
         }
@@ -49,8 +50,9 @@ def options(asked: Option, files: Mapping[str, Zero]) -> list[Option]:
     setup, found = asked.setup, []
     gathers = {n for n in (setup.gather_tokens, *GATHERS) if n and n < setup.step_tokens}
     for file, zero in {asked.file: setup.zero, **files}.items():
-        for again, away in ((True, False), (True, True), (False, False)):
-            ways = replace(setup, zero=zero, recompute=again, offload_activations=away)
+        kept = {(keep, False) for keep in (0, setup.keep_blocks, setup.shape.num_layers)}
+        for keep, away in sorted({(0, True), *kept}):
+            ways = replace(setup, zero=zero, keep_blocks=keep, offload_activations=away)
             for gather in (None, *sorted(gathers, reverse=True)):
                 for tile in sorted({*TILES, setup.tile_tokens}):
                     if gather is None or gather >= tile:  # as the settings demand
@@ -65,10 +67,17 @@ def best(found: Sequence[Option], limit: int) -> Option | None:
     def cost(option: Option) -> tuple[float, ...]:
         setup, needs = option.setup, option.budget
         moved = (setup.zero.offload_param, needs.gathered)
-        again = (setup.recompute, setup.offload_activations, setup.spans)
+        again = (-setup.keep_blocks, setup.offload_activations, setup.spans)
         return (*moved, *again, abs(setup.tile_tokens - TILES[1]), needs.total)
 
     return min((o for o in found if o.budget.total <= MARGIN * limit), key=cost, default=None)
+
+
+def blocks_to_keep(setup: Setup, limit: int) -> int:
+    """The most blocks whose activations can be kept and leave the margin free; 0 if none."""
+    counts = range(setup.shape.num_layers, 0, -1)
+    fits = (k for k in counts if budget(replace(setup, keep_blocks=k)).total <= MARGIN * limit)
+    return next(fits, 0)
 
 
 def nearest(asked: Option, files: Mapping[str, Zero], limit: int) -> list[Option]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from minilora.config import RequestError, Settings
 from minilora.model.shape import LlamaShape
 from minilora.run.gathers import Zero
 
@@ -88,3 +89,36 @@ class Setup:
         pairs = {name: self.lora_rank + 2 * sizes[name][1] * self.dropout for name in self.targets}
         of_attention = sum(size for name, size in pairs.items() if name[0] in "qkvo")
         return attention + of_attention, 2 * d + 4 * f + sum(pairs.values()) - of_attention
+
+
+def setup_of(settings: Settings, shape: LlamaShape, zero: Zero, ranks: int) -> Setup:
+    """What the settings mean for one rank at worst: every document cutoff_len tokens long.
+
+    Raises RequestError for a lora_target that names no layer.
+    """
+    train, method, layers = settings.train, settings.method, tuple(shape.linear_shapes())
+    unknown = [name for name in method.lora_target if name not in (*layers, "all")]
+    if unknown:
+        known = f"known: {', '.join(layers)}"
+        raise RequestError([f"lora_target: no layer is called {n}; {known}" for n in unknown])
+    every, longest = "all" in method.lora_target, settings.data.cutoff_len
+    documents = train.per_device_train_batch_size * train.gradient_accumulation_steps
+    keep = shape.num_layers if settings.model.disable_gradient_checkpointing else train.keep_blocks
+    if keep is not None and keep > shape.num_layers:
+        raise RequestError([f"keep_blocks: {keep}; the model has {shape.num_layers} blocks"])
+    return Setup(
+        shape=shape,
+        zero=zero,
+        ranks=ranks,
+        lora_rank=method.lora_rank,
+        targets=tuple(name for name in layers if every or name in method.lora_target),
+        dropout=method.lora_dropout > 0,
+        bf16=train.bf16 is not False,
+        keep_blocks=keep or 0,
+        tile_tokens=train.tile_tokens,
+        gather_tokens=train.gather_tokens,
+        loss_tokens=train.loss_tokens,
+        offload_activations=train.offload_activations,
+        step_tokens=documents * longest,
+        longest=longest,
+    )
