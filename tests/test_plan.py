@@ -241,14 +241,14 @@ def test_the_articles_sums() -> None:
 
 
 def test_blocks_are_kept_while_they_fit() -> None:
-    """One token has 160 KB of activations in a block, so 32,768 of them 5.2 GB."""
-    for gib, expected in ((4, 0), (16, 0), (24, 1), (40, 4), (200, 32)):
-        limit = gib * 2**30
-        keep = blocks_to_keep(article(), limit)
-        assert budget(article(keep_blocks=keep)).total <= 0.95 * limit or keep == 0
-        if keep < 32:
-            assert budget(article(keep_blocks=keep + 1)).total > 0.95 * limit
+    """One token has 160 KB of activations in a block, so a step of 32,768 tokens 5.2 GB."""
+    for gib, expected in ((4, 0), (16, 0), (24, 1), (48, 6), (200, 32)):
+        limit, step = gib * 2**30, {"step_tokens": 32768, "lora_rank": 16}
+        keep = blocks_to_keep(article(**step), limit)
         assert keep == expected
+        assert budget(article(keep_blocks=keep, **step)).total <= 0.95 * limit or keep == 0
+        more = min(keep + 1, 32)
+        assert budget(article(keep_blocks=more, **step)).total > 0.95 * limit or more == keep
     assert blocks_to_keep(article(step_tokens=2048), 24 * 2**30) == 32
 
 

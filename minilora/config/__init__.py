@@ -156,7 +156,7 @@ class TrainSettings:
     offload_activations: bool = setting(
         False, "Ours: keep the blocks' inputs in host memory between forward and backward.")
     keep_blocks: int | None = setting(
-        None, "Ours: last blocks that keep their activations, not recomputed. Default: all that fit.",
+        None, "Ours: last blocks that keep their activations, not recomputed. Default: what fits.",
         at_least=0)
     verbose_deepspeed: bool = setting(False, "Ours: print DeepSpeed's own log lines too.")
 # fmt: on
@@ -196,7 +196,7 @@ class Settings:
 
     @property
     def keeps_what_fits(self) -> bool:
-        """Whether as many blocks keep their activations as fit: neither all nor a number is asked."""
+        """Whether as many blocks keep their activations as fit: no number is asked, nor all."""
         return self.train.keep_blocks is None and not self.model.disable_gradient_checkpointing
 
     def to_dict(self) -> dict[str, Any]:

@@ -4,6 +4,7 @@ Shape letters: T tokens of all documents, n documents, N tokens of one span.
 """
 
 import hashlib
+import math
 from bisect import bisect_left, insort
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -89,10 +90,15 @@ class TileLimits:
 
 @dataclass(frozen=True)
 class Place:
-    """This process among all processes of the run."""
+    """This process among all processes of the run.
+
+    even_length: a document of n tokens is n + n * n / even_length of work, the square's share of it
+    for attention.
+    """
 
     rank: int = 0
     world_size: int = 1
+    even_length: float = math.inf
 
 
 @dataclass(frozen=True)
@@ -140,7 +146,7 @@ def build_step(
     do not change.
     """
     lengths = documents.offsets[rows + 1] - documents.offsets[rows]
-    shares = deal(lengths, place.world_size)
+    shares = deal(lengths, place.world_size, place.even_length)
     share = shares[place.rank]
     limit = limits.gather_tokens or int(lengths.sum())
     spans_wanted = max(1, *(len(_pack(lengths[other], limit)) for other in shares))
@@ -155,14 +161,15 @@ def build_step(
     return Step(spans, labelled, int(lengths.sum()), rows, rows[share])
 
 
-def deal(lengths: Int64s, world_size: int) -> list[Int64s]:
-    """Indices into `lengths` for every rank: longest first, each to the rank with fewest tokens."""
-    loads = [(0, rank) for rank in range(world_size)]
+def deal(lengths: Int64s, world_size: int, even_length: float = math.inf) -> list[Int64s]:
+    """Indices into `lengths` for every rank: longest first, each to the rank with least work."""
+    work = lengths + lengths * lengths / even_length
+    loads = [(0.0, rank) for rank in range(world_size)]
     shares: list[list[int]] = [[] for _ in range(world_size)]
     for index in np.argsort(-lengths, kind="stable").tolist():
         load, rank = loads.pop(0)
         shares[rank].append(index)
-        insort(loads, (load + int(lengths[index]), rank))
+        insort(loads, (load + float(work[index]), rank))
     return [np.array(share, dtype=np.int64) for share in shares]
 
 

@@ -106,7 +106,15 @@ def run_in(world: World, settings: Settings, plan: Plan, phases: Phases) -> None
     totals = Totals(**start.totals)
     with Report(options, schedule.total_steps, world.rank == 0, totals) as report:
         start = replace(start, info=info)
-        job = Job(settings, documents, schedule, plan.lora, start, validation)
+        job = Job(
+            settings,
+            documents,
+            schedule,
+            plan.lora,
+            start,
+            validation,
+            plan.checkpoint.shape.even_length,
+        )
         train(world, engine, job, report)
         report.finish()
         report.message(f"the adapter is in {options.output_dir}")
@@ -165,7 +173,8 @@ def _blocks_to_keep(world: World, settings: Settings, plan: Plan, schedule: Sche
     """How many blocks can keep their activations beside the heaviest step. Collective."""
     setup = _setup(settings, plan.checkpoint.shape, plan.ds_config, plan.lora)
     lengths = schedule.lengths[schedule.heaviest_rows()]
-    step_tokens = max(int(lengths[share].sum()) for share in deal(lengths, world.size))
+    shares = deal(lengths, world.size, plan.checkpoint.shape.even_length)
+    step_tokens = max(int(lengths[share].sum()) for share in shares)
     setup = replace(setup, step_tokens=step_tokens, longest=int(lengths.max()))
     limits = world.gather_numbers([memory_limit(world.device, world.size)])
     return blocks_to_keep(setup, int(min(limit for (limit,) in limits)))

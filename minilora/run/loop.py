@@ -37,6 +37,7 @@ class Job:
     lora: LoraShape
     start: State
     validation: Documents | None = None
+    even_length: float = math.inf  # of the model's shape
 
     @property
     def output(self) -> Path:
@@ -93,7 +94,7 @@ def _batch(
         documents,
         rows,
         step=step,
-        place=Place(world.rank, world.size),
+        place=Place(world.rank, world.size, job.even_length),
         limits=TileLimits(train.tile_tokens, train.gather_tokens),
         seed=train.seed,
     )
