@@ -22,8 +22,8 @@ from benchmarks.workloads import SIZES, Size
 from minilora.arguments import read_settings
 from minilora.data.batches import Span
 from minilora.run.engine import Engine
-from minilora.run.job import check
 from minilora.run.phases import Phases
+from minilora.training import check
 
 SHARD = 5 * 10**9  # bytes of a file at most, as the hub splits them
 

@@ -24,7 +24,7 @@ from minilora.run.options import (
     TILES,
     Option,
     best,
-    blocks_to_keep,
+    keeping,
     longest_document,
     nearest,
     options,
@@ -116,10 +116,11 @@ def table(needs: Budget, explain: bool = False) -> Iterator[str]:
 def _kept(settings: Settings, asked: Option, limit: int) -> Iterator[str]:
     """What a run does with the headroom where the settings leave it to the run."""
     if settings.keeps_what_fits:
-        keep, layers = blocks_to_keep(asked.setup, limit), asked.setup.shape.num_layers
+        way, layers = keeping(asked.setup, limit), asked.setup.shape.num_layers
+        spans = "" if way.gather_tokens == asked.setup.gather_tokens else " (in spans of a tile)"
         yield (
-            f"{keep} of {layers} blocks would keep their activations, more with shorter rows: "
-            "see keep_blocks"
+            f"{way.keep_blocks} of {layers} blocks would keep their activations{spans}, more with "
+            "shorter rows: see keep_blocks"
         )
     yield ""
 

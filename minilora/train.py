@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with stopping_at_once():
             settings = read_settings(sys.argv[1:] if argv is None else argv, "train")
             # Only now: importing torch and DeepSpeed takes longer than refusing a wrong setting.
-            from minilora.run.job import run
+            from minilora.training import run
 
             run(settings)
     except RequestError as error:

@@ -23,11 +23,11 @@ import torch
 from minilora.arguments import read_settings
 from minilora.model.lora import lora_parameters
 from minilora.run.engine import Engine
-from minilora.run.job import check, run_in
 from minilora.run.phases import Phases
 from minilora.run.stop import Stopped
 from minilora.run.world import World
 from minilora.train import leave
+from minilora.training import check, run_in
 
 GATHERED: list[int] = [0]
 

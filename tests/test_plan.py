@@ -19,7 +19,7 @@ from minilora.model.shape import LlamaShape
 from minilora.plan import main
 from minilora.run.budget import budget
 from minilora.run.gathers import Zero
-from minilora.run.options import blocks_to_keep, longest_document
+from minilora.run.options import keeping, longest_document
 from minilora.run.setup import setup_of
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -242,14 +242,23 @@ def test_the_articles_sums() -> None:
 
 def test_blocks_are_kept_while_they_fit() -> None:
     """One token has 160 KB of activations in a block, so a step of 32,768 tokens 5.2 GB."""
-    for gib, expected in ((4, 0), (16, 0), (24, 1), (48, 6), (200, 32)):
+    for gib, expected in ((4, 0), (16, 0), (24, 1), (48, 5), (200, 32)):
         limit, step = gib * 2**30, {"step_tokens": 32768, "lora_rank": 16}
-        keep = blocks_to_keep(article(**step), limit)
-        assert keep == expected
-        assert budget(article(keep_blocks=keep, **step)).total <= 0.95 * limit or keep == 0
-        more = min(keep + 1, 32)
-        assert budget(article(keep_blocks=more, **step)).total > 0.95 * limit or more == keep
-    assert blocks_to_keep(article(step_tokens=2048), 24 * 2**30) == 32
+        way = keeping(article(**step), limit)
+        assert (way.keep_blocks, way.gather_tokens) == (expected, None)
+        assert budget(way).total <= 0.95 * limit or expected == 0
+        more = replace(way, keep_blocks=min(expected + 1, 32))
+        assert budget(more).total > 0.95 * limit or expected == 32
+    assert keeping(article(step_tokens=2048), 24 * 2**30).keep_blocks == 32
+
+
+def test_where_nothing_is_gathered_the_step_is_cut_so_that_more_blocks_are_kept() -> None:
+    limit, alone = 80 * 2**30, article(step_tokens=32768, lora_rank=16, ranks=1)
+    way = keeping(alone, limit)
+    assert (way.keep_blocks, way.gather_tokens) == (32, 4096)
+    assert budget(replace(alone, keep_blocks=12)).total > limit
+    given = keeping(replace(alone, gather_tokens=32768), limit)
+    assert given.gather_tokens == 32768 and 0 < given.keep_blocks < 12
 
 
 def test_the_longest_document_is_the_longest() -> None:

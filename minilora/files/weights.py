@@ -212,9 +212,7 @@ def _compare(
     return problems
 
 
-def _read_numbers(
-    handle: BinaryIO, stored: StoredTensor, piece: Piece, numbers: Tensor
-) -> None:
+def _read_numbers(handle: BinaryIO, stored: StoredTensor, piece: Piece, numbers: Tensor) -> None:
     """Fill `numbers` with the piece's elements, flat, in the dtype of the file."""
     handle.seek(stored.start + piece.start * stored.dtype.itemsize)
     buffer, done = numbers.view(torch.uint8).numpy().data, 0

@@ -73,11 +73,18 @@ def best(found: Sequence[Option], limit: int) -> Option | None:
     return min((o for o in found if o.budget.total <= MARGIN * limit), key=cost, default=None)
 
 
-def blocks_to_keep(setup: Setup, limit: int) -> int:
-    """The most blocks whose activations can be kept and leave the margin free; 0 if none."""
+def keeping(setup: Setup, limit: int) -> Setup:
+    """The same step with the most blocks that can keep their activations, the margin left free.
+
+    Where weights are not gathered, a step in spans of a tile each costs nothing; it is cut if more
+    blocks can be kept then, and gather_tokens is left to us.
+    """
+    ways = [setup]
+    if setup.gather_tokens is None and (setup.zero.stage < 3 or setup.ranks == 1):
+        ways.append(replace(setup, gather_tokens=setup.tile_tokens))
     counts = range(setup.shape.num_layers, 0, -1)
-    fits = (k for k in counts if budget(replace(setup, keep_blocks=k)).total <= MARGIN * limit)
-    return next(fits, 0)
+    tried = (replace(way, keep_blocks=keep) for keep in counts for way in ways)
+    return next((way for way in tried if budget(way).total <= MARGIN * limit), setup)
 
 
 def nearest(asked: Option, files: Mapping[str, Zero], limit: int) -> list[Option]:

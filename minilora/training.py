@@ -31,7 +31,7 @@ from minilora.run.engine import Engine, Plan
 from minilora.run.gathers import Zero
 from minilora.run.loop import Job, train
 from minilora.run.memory import is_out_of_memory, memory_limit
-from minilora.run.options import blocks_to_keep
+from minilora.run.options import keeping
 from minilora.run.phases import Phases
 from minilora.run.report import LOG, Report, Totals
 from minilora.run.resume import start_of
@@ -94,7 +94,7 @@ def run_in(world: World, settings: Settings, plan: Plan, phases: Phases) -> None
     )
     phases.done("tokens")
     if settings.keeps_what_fits:
-        plan = replace(plan, keep_blocks=_blocks_to_keep(world, settings, plan, schedule))
+        settings, plan = keep_what_fits(world, settings, plan, schedule)
     engine = Engine(world, plan, phases)
     if snapshot is not None:
         engine.restore(saved, start.step)
@@ -169,15 +169,19 @@ def _setup(
     )
 
 
-def _blocks_to_keep(world: World, settings: Settings, plan: Plan, schedule: Schedule) -> int:
-    """How many blocks can keep their activations beside the heaviest step. Collective."""
+def keep_what_fits(
+    world: World, settings: Settings, plan: Plan, schedule: Schedule
+) -> tuple[Settings, Plan]:
+    """Let as many blocks keep their activations as fit beside the heaviest step. Collective."""
     setup = _setup(settings, plan.checkpoint.shape, plan.ds_config, plan.lora)
     lengths = schedule.lengths[schedule.heaviest_rows()]
     shares = deal(lengths, world.size, plan.checkpoint.shape.even_length)
     step_tokens = max(int(lengths[share].sum()) for share in shares)
     setup = replace(setup, step_tokens=step_tokens, longest=int(lengths.max()))
     limits = world.gather_numbers([memory_limit(world.device, world.size)])
-    return blocks_to_keep(setup, int(min(limit for (limit,) in limits)))
+    way = keeping(setup, int(min(limit for (limit,) in limits)))
+    options = replace(settings.train, gather_tokens=way.gather_tokens)
+    return replace(settings, train=options), replace(plan, keep_blocks=way.keep_blocks)
 
 
 def _data_problems(settings: Settings, tokenizer: bool) -> list[str]:
