@@ -18,6 +18,7 @@ from minilora.model.offload import HostStore
 from minilora.model.recompute import keep, recompute
 from minilora.model.rope import rotate
 from minilora.model.shape import LlamaShape
+from minilora.model.swiglu import swiglu
 from minilora.model.tiles import Piece, Tile
 
 
@@ -71,7 +72,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """SwiGLU (Shazeer 2020, arXiv 2002.05202): (N, D) to (N, D)."""
+    """Gate, up and down projection: (N, D) to (N, D)."""
 
     def __init__(self, shape: LlamaShape) -> None:
         super().__init__()
@@ -81,7 +82,7 @@ class MLP(nn.Module):
         self.down_proj = Linear(*sizes["down_proj"], bias)
 
     def forward(self, x: Tensor, unread: bool = False) -> Tensor:
-        output: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x), unread)
+        output: Tensor = self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)), unread)
         return output
 
 

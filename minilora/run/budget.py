@@ -203,7 +203,7 @@ def _live(
 def _forward(setup: Setup, keeps: bool) -> Term:
     """Without a graph, the fuller of rotating queries, and residual, normed, three of the MLP."""
     d, f, q, k = setup.features
-    each = ((2 * d, 0),) if keeps else ((d + 4 * q + 2 * k, 0), (2 * d, 3 * f))
+    each = ((2 * d, 0),) if keeps else ((d + 3 * q + 2 * k, 0), (2 * d, 3 * f))
     return _work(setup, "block's working set", *each)
 
 

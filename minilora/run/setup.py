@@ -80,7 +80,7 @@ class Setup:
         """Elements that autograd keeps per token: of attention, of the MLP with the second norm.
 
         Attention: its normed input, q, k, v, output and a sum per head (fp32). The MLP: its input,
-        the same normed, gate, silu(gate), up and their product. A LoRA pair: its R numbers, and
+        the same normed, gate, up and silu(gate) x up. A LoRA pair: its R numbers, and
         with dropout its masked input and the mask.
         """
         (d, f, q, k), sizes = self.features, self.shape.linear_shapes()
@@ -88,7 +88,7 @@ class Setup:
         attention = d + 2 * q + 2 * k + self.shape.num_heads * 4 // self.size + copied
         pairs = {name: self.lora_rank + 2 * sizes[name][1] * self.dropout for name in self.targets}
         of_attention = sum(size for name, size in pairs.items() if name[0] in "qkvo")
-        return attention + of_attention, 2 * d + 4 * f + sum(pairs.values()) - of_attention
+        return attention + of_attention, 2 * d + 3 * f + sum(pairs.values()) - of_attention
 
 
 def setup_of(settings: Settings, shape: LlamaShape, zero: Zero, ranks: int) -> Setup:
