@@ -65,6 +65,7 @@ class Case:
     packing: bool = False
     reduce_bucket_size: int | None = None
     bf16: bool = True
+    prefetch: bool = True
 
     @property
     def name(self) -> str:
@@ -233,6 +234,8 @@ def _ds_config(case: Case, size: Size, ranks: int) -> dict[str, Any]:
             section[key] = value * size.block // BLOCK_8B
     if "stage3_param_persistence_threshold" in section:
         section["stage3_param_persistence_threshold"] = size.smallest_weight - 1
+    if not case.prefetch:
+        section["stage3_prefetch_bucket_size"] = 0
     if case.reduce_bucket_size:
         section["reduce_bucket_size"] = case.reduce_bucket_size
     return config

@@ -39,6 +39,20 @@ def test_losses_and_gradients_agree_and_every_step_is_timed(tmp_path: Path) -> N
     assert 0 < 3 * ours["gathered_bytes"] < theirs["gathered_bytes"]
 
 
+@pytest.mark.slow
+def test_the_next_block_is_gathered_while_one_computes() -> None:
+    """In both directions, from before it begins until after it ends; and not without prefetching."""
+    for words, blocks in ([], 3), (["--no_prefetch"], 0):
+        command = [sys.executable, "-m", "benchmarks.overlap", *words]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+        assert done.returncode == 0, done.stderr
+        found = json.loads(done.stdout.splitlines()[-1])
+        assert found["of"] == 3
+        for direction in ("forward", "backward"):
+            for end in ("begins", "ends"):
+                assert found[f"as {direction} {end}"] == blocks, found
+
+
 def player(folder: Path, name: str, loss: float, grad: torch.Tensor) -> Player:
     path = folder / f"{name}.pt"
     torch.save({"a": grad}, path)
