@@ -13,6 +13,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -100,13 +101,17 @@ def step_seconds(engine: MadeUp, batch: Step) -> float:
     return min(seconds)
 
 
-def main() -> None:
+def read(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser("python -m benchmarks.overlap", description=__doc__)
     parser.add_argument("--size", choices=tuple(SIZES), default="mid")
     parser.add_argument("--ranks", type=int, default=7, help="without a launcher")
     parser.add_argument("--no_prefetch", action="store_true", help="count without it")
     parser.add_argument("--local_rank", help="ignored; launchers give it")
-    own = parser.parse_args()
+    return parser.parse_args(argv)
+
+
+def main() -> None:
+    own = read(None)
     size, real = SIZES[own.size], "RANK" in os.environ
     on_gpu = torch.cuda.is_available()
     world = World(TrainSettings()) if real else Pretended(own.ranks, "cuda" if on_gpu else "cpu")

@@ -12,6 +12,7 @@ import argparse
 import json
 import math
 import struct
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -56,13 +57,17 @@ def write_holes(folder: Path, size: Size) -> None:
     index_file.write_text(json.dumps({"weight_map": weight_map}), encoding="utf-8")
 
 
-def main() -> None:
+def read(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser("python -m benchmarks.start", description=__doc__)
     parser.add_argument("--size", choices=tuple(SIZES), default="8b")
     parser.add_argument("--ranks", type=int, default=7)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--folder", type=Path, default=Path("/tmp/minilora-holes"))
-    own = parser.parse_args()
+    return parser.parse_args(argv)
+
+
+def main() -> None:
+    own = read(None)
     phases, folder = Phases(), own.folder / own.size
     phases.done("imports")
     if not (folder / "model.safetensors.index.json").exists():

@@ -98,7 +98,7 @@ def parse_module(module: str, words: list[str]) -> None:
             assert importlib.import_module(module).main(words) != 2, words
         case "generate" | "merge":
             parser_of(module).parse_args(words)
-        case "benchmarks.speed" | "benchmarks.memory":
+        case "benchmarks.speed" | "benchmarks.memory" | "benchmarks.start" | "benchmarks.overlap":
             importlib.import_module(module).read(words)
         case _:
             pytest.fail(f"nothing is known about: python -m {module}")

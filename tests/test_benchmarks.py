@@ -41,7 +41,7 @@ def test_losses_and_gradients_agree_and_every_step_is_timed(tmp_path: Path) -> N
 
 @pytest.mark.slow
 def test_the_next_block_is_gathered_while_one_computes() -> None:
-    """In both directions, from before it begins until after it ends; and not without prefetching."""
+    """From before it begins until after it ends, in both directions; without prefetching never."""
     for words, blocks in ([], 3), (["--no_prefetch"], 0):
         command = [sys.executable, "-m", "benchmarks.overlap", *words]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
