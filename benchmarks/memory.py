@@ -31,12 +31,13 @@ from minilora.data.schedule import Schedule
 from minilora.files.weights import Checkpoint
 from minilora.model.lora_shape import LoraShape
 from minilora.model.shape import LlamaShape
-from minilora.plan import USABLE, setup_of
+from minilora.plan import USABLE
 from minilora.run.budget import CONTEXT, GIB, NCCL, budget
 from minilora.run.ds_config import Facts, find_ds_config, resolve_ds_config
 from minilora.run.engine import Plan
 from minilora.run.gathers import Zero
-from minilora.run.setup import Setup
+from minilora.run.phases import Phases
+from minilora.run.setup import Setup, setup_of
 from minilora.run.world import World
 
 BLOCK_8B = 218_103_808  # elements of a block of the model that ds_configs is made for
@@ -60,12 +61,13 @@ class Case:
     lora_target: tuple[str, ...] = ("all",)
     use_dora: bool = False
     additional_target: tuple[str, ...] | None = None
-    recompute: bool = True
+    keep_blocks: int = 0
     offload_activations: bool = False
     tied: bool = False
     packing: bool = False
     reduce_bucket_size: int | None = None
     bf16: bool = True
+    prefetch: bool = True
 
     @property
     def name(self) -> str:
@@ -77,7 +79,7 @@ class Case:
 
     def settings(self) -> Settings:
         return Settings(
-            ModelSettings("made up", disable_gradient_checkpointing=not self.recompute),
+            ModelSettings("made up"),
             MethodSettings(
                 lora_rank=self.lora_rank,
                 lora_dropout=self.lora_dropout,
@@ -93,6 +95,7 @@ class Case:
                 gather_tokens=self.gather_tokens,
                 loss_tokens=self.loss_tokens,
                 offload_activations=self.offload_activations,
+                keep_blocks=self.keep_blocks,
                 bf16=self.bf16,
             ),
         )
@@ -147,9 +150,9 @@ def _engine(case: Case, size: Size, world: World) -> MadeUp:
         adapter={},
         train=settings.train,
         ds_config=_ds_config(case, size, world.size),
-        recompute=case.recompute,
+        keep_blocks=case.keep_blocks,
     )
-    return MadeUp(world, plan)
+    return MadeUp(world, plan, Phases())
 
 
 def _stepper(case: Case, engine: MadeUp, meter: GpuMeter | CpuMeter) -> Callable[[], None]:
@@ -207,7 +210,8 @@ def predict(case: Case, size: Size, ranks: int, on_gpu: bool) -> dict[str, Any]:
     if case.offload_activations and not on_gpu:  # what is away is counted with the rest
         inputs = next(t.bytes for t in needs.host if t.name.startswith("block inputs")) // ranks
         for phase in ("forward", "loss", "recompute"):
-            phases[phase] += inputs * (size.layers - (phase == "recompute")) // size.layers
+            away = size.layers - case.keep_blocks
+            phases[phase] += inputs * (away - (phase == "recompute")) // away
     found = {"run": max(phases.values()), "total": needs.total, "gathered": needs.gathered}
     found |= phases
     for term in needs.terms:
@@ -237,6 +241,8 @@ def _ds_config(case: Case, size: Size, ranks: int) -> dict[str, Any]:
             section[key] = value * size.block // BLOCK_8B
     if "stage3_param_persistence_threshold" in section:
         section["stage3_param_persistence_threshold"] = size.smallest_weight - 1
+    if not case.prefetch:
+        section["stage3_prefetch_bucket_size"] = 0
     if case.reduce_bucket_size:
         section["reduce_bucket_size"] = case.reduce_bucket_size
     return config

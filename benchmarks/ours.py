@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,16 @@ from minilora.data.schedule import Schedule
 from minilora.files.snapshot import State
 from minilora.files.weights import Checkpoint, Piece
 from minilora.run import engine as engine_module
+from minilora.run.budget import budget
 from minilora.run.ds_config import Facts, find_ds_config, resolve_ds_config
 from minilora.run.engine import Engine, Plan
+from minilora.run.forecast import foresee
+from minilora.run.gathers import Zero
 from minilora.run.loop import Job, train
+from minilora.run.options import Option
+from minilora.run.phases import Phases
 from minilora.run.report import Report, StepRecord
+from minilora.run.setup import setup_of
 from minilora.run.world import World, wants_bf16
 
 
@@ -53,10 +60,7 @@ def run(turns: Turns) -> None:
     engine_module.read_pieces = fill  # type: ignore[assignment]
     world = World(settings.train)
     turns.mark("processes")
-    plan = _plan(turns, size, settings)
-    engine = Engine(world, plan)
-    turns.mark("model")
-    options = settings.train
+    plan, options = _plan(turns, size, settings), settings.train
     per_step = world.size * options.per_device_train_batch_size
     per_step *= options.gradient_accumulation_steps
     count = 16 * 64 if variant.packing else per_step * turns.order.steps
@@ -70,7 +74,18 @@ def run(turns: Turns) -> None:
         max_steps=turns.order.steps + 1,  # the turns end the run before its last step
         disable_shuffling=True,
     )
-    job = Job(settings, documents, schedule, plan.lora, State(0, 0, {}, {}, {}))
+    setup = setup_of(settings, size.shape, Zero.of(plan.ds_config), world.size)
+    setup = replace(setup, bf16=wants_bf16(settings.train))
+    asked = Option(variant.name, setup, budget(setup)), dict[str, Zero]()
+    way = foresee(world, asked, plan, schedule, settings.keeps_what_fits).asked.setup
+    plan = replace(plan, keep_blocks=way.keep_blocks)
+    settings = replace(settings, train=replace(options, gather_tokens=way.gather_tokens))
+    turns.counted["kept"] = plan.keep_blocks
+    phases = Phases()
+    phases.done = turns.mark  # type: ignore[method-assign]
+    engine = Engine(world, plan, phases)
+    start, even = State(0, 0, {}, {}, {}), size.shape.even_length
+    job = Job(settings, documents, schedule, plan.lora, start, even_length=even)
     with Watch(turns, engine, options, schedule.total_steps, world.rank == 0) as report:
         train(world, engine, job, report)
 
@@ -78,7 +93,7 @@ def run(turns: Turns) -> None:
 def _settings(turns: Turns, size: Size) -> Settings:
     variant = turns.order.variant
     return Settings(
-        ModelSettings("made up", disable_gradient_checkpointing=not variant.recompute),
+        ModelSettings("made up"),
         MethodSettings(lora_rank=size.rank),
         DataSettings(("made up",), cutoff_len=size.cutoff, packing=variant.packing),
         TrainSettings(
@@ -92,6 +107,7 @@ def _settings(turns: Turns, size: Size) -> Settings:
             disable_shuffling=True,
             tile_tokens=variant.tile_tokens,
             gather_tokens=variant.gather_tokens,
+            keep_blocks=None if variant.keep is None else round(variant.keep * size.layers),
         ),
     )
 
@@ -111,7 +127,7 @@ def _plan(turns: Turns, size: Size, settings: Settings) -> Plan:
         adapter=adapter,
         train=settings.train,
         ds_config=resolve_ds_config(path, settings.train, facts),
-        recompute=variant.recompute,
+        keep_blocks=settings.train.keep_blocks or 0,
     )
 
 

@@ -68,6 +68,7 @@ def measure(player: Player, matmul: Player, size: Size, group: str) -> dict[str,
         "received_seconds": {str(link): received / link / 1e9 for link in LINKS},
         "memory_gib": {k: last[k] / 2**30 for k in ("rss", "allocated", "reserved") if k in last},
         "start": {**player.news[0]["marks"], "first step": player.news[0]["seconds"]},
+        "kept_blocks": last.get("kept"),
         "loss": [player.news[0]["loss"], last["loss"]],
     }
 
@@ -109,11 +110,13 @@ def summary(lines: Sequence[dict[str, Any]]) -> str:
 
 HEADERS = (
     "variant", "x peer", "step s (p10, p90)", "tokens/s", "with padding", "model GFLOP/s",
-    "of matmul", "gathered MB", "calls", "s at 5/10/24 GB/s", "GiB", "start s",
+    "of matmul", "kept blocks", "gathered MB", "calls", "s at 5/10/24 GB/s", "GiB", "start s",
 )  # fmt: skip
 
 
 def _cells(line: dict[str, Any], members: Sequence[dict[str, Any]]) -> list[str]:
+    if "failed" in line:
+        return [line["variant"], "failed", *[""] * (len(HEADERS) - 2)]
     rate, step = line["tokens_per_second"]["median"], line["step_seconds"]
     memory = line["memory_gib"]
     return [
@@ -124,6 +127,7 @@ def _cells(line: dict[str, Any], members: Sequence[dict[str, Any]]) -> list[str]
         f"{line['padded_tokens_per_second']:,.0f}",
         f"{line['model_gflops']:.1f}",
         f"{line['share_of_matmul']:.0%}",
+        str("" if line["kept_blocks"] is None else line["kept_blocks"]),
         f"{line['gathered_bytes'] / 1e6:.1f}",
         str(line["gather_calls"]),
         "/".join(f"{seconds:.3g}" for seconds in line["received_seconds"].values()),

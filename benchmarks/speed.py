@@ -13,9 +13,10 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -23,51 +24,83 @@ from benchmarks.report import WARM_UP, measure, summary, versions
 from benchmarks.turns import Player, Variant, start
 from benchmarks.workloads import SIZES, Size
 
+MATMUL = Variant("matmul", "matmul")
+
 
 def groups(size: Size, device: str) -> dict[str, list[Variant]]:
-    """Variants that are compared with each other; the first of a group is its peer."""
-    row = size.equal
-    zero3 = {"stage": 3, "ranks": 2}
-    trainer = Variant("trainer-zero3", "trainer", **zero3)
-    ours = Variant("minilora-zero3", "minilora", **zero3)
-    alone = Variant("minilora", "minilora")
-    single = [
-        Variant("bare-recompute", "bare"),
-        Variant("bare", "bare", recompute=False),
-        alone,
-        replace(alone, name="minilora-keep", recompute=False),
-        *(
-            replace(alone, name=f"minilora-tile-{rows}-rows", tile_tokens=rows * row)
-            for rows in (1, 4)
-        ),
-    ]
-    micro = size.per_device * row
+    """Variants that are compared with each other; the first of a group is its peer.
+
+    The first of minilora's is what a user gets without a word about memory: as many blocks keep
+    their activations as fit.
+    """
+    trainer, ours = Variant("trainer", "trainer"), Variant("minilora", "minilora")
+    bare = Variant("bare", "bare", recompute=False)
+    micro = size.per_device * size.equal
     gather = {"gather_tokens": micro, "tile_tokens": min(micro, 2048)}
-    simulated = [
-        replace(trainer, name="trainer-1-of-7", ranks=1, simulated=7),
-        replace(ours, name="minilora-1-of-7", ranks=1, simulated=7),
-        replace(ours, name="minilora-1-of-7-gather", ranks=1, simulated=7, **gather),
+    share = [replace(ours, name=f"minilora-keep-{k:g}", keep=k) for k in (0, 0.25, 0.5, 0.75, 1)]
+    few_rows, many_rows = (n * size.equal for n in (1, 4))
+    tiles = [
+        replace(ours, name=f"minilora-tile-{n}", tile_tokens=n, keep=0.0)
+        for n in ((4096, 8192, 16384) if device == "cuda" else (few_rows, many_rows))
     ]
+    seven = {"ranks": 1, "simulated": 7, "stage": 3}
+    simulated = [
+        replace(trainer, name="trainer-1-of-7", **seven),
+        replace(ours, name="minilora-1-of-7", **seven),
+        replace(ours, name="minilora-1-of-7-recompute", keep=0.0, **seven),
+        replace(ours, name="minilora-1-of-7-gather", **seven, **gather),
+        replace(ours, name="minilora-1-of-7-zero2", **{**seven, "stage": 2}),
+        replace(ours, name="minilora-1-of-7-zero0", **{**seven, "stage": 0}),
+    ]
+    skewed = {"workload": "skewed"}
     if device == "cuda":  # real ranks need a GPU each
-        return {"single": [Variant("trainer", "trainer"), *single], "one-of-7": simulated}
+        return {
+            "single": [
+                trainer,
+                ours,
+                share[0],
+                replace(trainer, name="trainer-keep", recompute=False),
+                replace(bare, name="bare-recompute", recompute=True),
+                bare,
+            ],
+            "skewed": [
+                replace(trainer, name="trainer-skewed", **skewed),
+                replace(ours, name="minilora-skewed", **skewed),
+                replace(ours, name="minilora-packed", packing=True, **skewed),
+            ],
+            "one-of-7": simulated,
+            # These are compared with each other: no peer.
+            "keep": [replace(way, name=f"{way.name}-gather", **gather) for way in share],
+            "tiles": [share[0], *tiles],
+        }
+    zero3 = {"stage": 3, "ranks": 2}
+    trainer, ours = replace(trainer, name="trainer-zero3", **zero3), replace(ours, **zero3)
+    alone = Variant("minilora", "minilora")
     return {
         "zero3": [
             trainer,
-            ours,
+            replace(ours, name="minilora-zero3"),
             replace(trainer, name="trainer-zero3-keep", recompute=False),
-            replace(ours, name="minilora-zero3-keep", recompute=False),
+            replace(ours, name="minilora-zero3-recompute", keep=0.0),
+            replace(ours, name="minilora-zero3-half", keep=0.5),
             replace(ours, name="minilora-zero3-their-file", file="llama_factory"),
             replace(ours, name="minilora-zero3-gather", **gather),
             replace(ours, name="minilora-zero2", stage=2),
             replace(ours, name="minilora-zero0", stage=0),
         ],
         "skewed": [
-            replace(trainer, name="trainer-zero3-skewed", workload="skewed"),
-            replace(ours, name="minilora-zero3-skewed", workload="skewed"),
-            replace(ours, name="minilora-zero3-keep-skewed", workload="skewed", recompute=False),
-            replace(ours, name="minilora-zero3-packed", workload="skewed", packing=True),
+            replace(trainer, name="trainer-zero3-skewed", **skewed),
+            replace(ours, name="minilora-zero3-skewed", **skewed),
+            replace(ours, name="minilora-zero3-recompute-skewed", keep=0.0, **skewed),
+            replace(ours, name="minilora-zero3-packed", packing=True, **skewed),
         ],
-        "single": single,
+        "single": [
+            replace(bare, name="bare-recompute", recompute=True),
+            bare,
+            alone,
+            share[0],
+            *tiles,
+        ],
         "one-of-7": simulated,
     }
 
@@ -99,13 +132,13 @@ def play(
     """Start all, compare all with the peer (None: the first of them), let them step in turns."""
     players: list[Player] = []
     try:
-        for variant in [*variants, Variant("matmul", "matmul")]:
+        for variant in variants:
             players.append(start(variant, options.size, options.device, options.steps, folder))
             players[-1].hear()
             say(f"  {variant.name} has done its first step")
-        for player in players[:-1]:
-            same_rows = not (player.variant.packing or player.variant.simulated)
-            if same_rows:
+        for player in players:
+            variant = player.variant
+            if not (variant is MATMUL or variant.packing or variant.simulated):
                 say("  " + compare(player, peer or players[0]))
         for _ in range(options.steps - 1):
             for player in players:
@@ -116,6 +149,29 @@ def play(
     return players
 
 
+def measured(
+    group: str, variants: Sequence[Variant], options: argparse.Namespace, folder: Path
+) -> Iterator[dict[str, Any]]:
+    """A line per variant. On a GPU each has the memory to itself, and may fail alone."""
+    size, peer, matmul = SIZES[options.size], None, None
+    together = [[*variants, MATMUL]]
+    for alike in together if options.device == "cpu" else [[MATMUL], *([v] for v in variants)]:
+        try:
+            players = play(alike, peer, options, folder)
+        except RuntimeError as error:
+            if options.device == "cpu" or peer is None:
+                raise
+            say(str(error))
+            yield {"group": group, "variant": alike[0].name, "failed": str(error)[-300:]}
+            continue
+        if players[-1].variant is MATMUL:
+            matmul = players.pop()
+        assert matmul is not None
+        for player in players:
+            peer = peer or player
+            yield measure(player, matmul, size, group)
+
+
 def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
@@ -124,8 +180,11 @@ def read(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.speed", description=__doc__)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--size", choices=tuple(SIZES), default="tiny")
-    parser.add_argument("--groups", nargs="*", help="zero3, skewed, single, one-of-7; default all")
+    parser.add_argument(
+        "--groups", nargs="*", help="zero3, skewed, single, one-of-7, keep, tiles; default all"
+    )
     parser.add_argument("--timed", type=int, default=6, help="steps after the warm-up")
+    parser.add_argument("--only", default="", help="a part of the names of what is compared")
     parser.add_argument("--out", type=Path, help="folder for speed-DEVICE-SIZE-GROUPS.json and .md")
     options = parser.parse_args(argv)
     options.steps = WARM_UP + options.timed
@@ -139,29 +198,26 @@ def main(argv: Sequence[str] | None = None) -> None:
         os.environ.setdefault("OMP_NUM_THREADS", "1")
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE")
-    size, began = SIZES[options.size], time.monotonic()
-    chosen = groups(size, options.device)
+    chosen, began = groups(SIZES[options.size], options.device), time.monotonic()
     lines = [{**versions(), "command": sys.argv[1:], "device": options.device}]
+    parts = ["speed", options.device, options.size, *(options.groups or ())]
     for name in options.groups or chosen:
         say(f"{name}:")
+        wanted = [v for v in chosen[name] if options.only in v.name or v is chosen[name][0]]
         with tempfile.TemporaryDirectory(prefix="speed-") as folder:
-            # On a GPU each has the memory to itself: no turns.
-            sets = [chosen[name]] if options.device == "cpu" else [[v] for v in chosen[name]]
-            peer = None
-            for variants in sets:
-                played = play(variants, peer, options, Path(folder))
-                peer = peer or played[0]
-                found = [measure(player, played[-1], size, name) for player in played[:-1]]
-                print(*map(json.dumps, found), sep="\n", flush=True)
-                lines += found
-    lines[0]["minutes"] = (time.monotonic() - began) / 60
-    table = summary(lines)
-    print(json.dumps(lines[0]), table, sep="\n")
-    if options.out:
-        parts = ["speed", options.device, options.size, *(options.groups or ())]
-        stem = options.out / "-".join(parts)
-        stem.with_suffix(".json").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        stem.with_suffix(".md").write_text(table)
+            for line in measured(name, wanted, options, Path(folder)):
+                print(json.dumps(line), flush=True)
+                lines.append(line)
+                lines[0]["minutes"] = (time.monotonic() - began) / 60
+                if options.out:
+                    write(lines, options.out / "-".join(parts))
+    print(json.dumps(lines[0]), summary(lines), sep="\n")
+
+
+def write(lines: Sequence[dict[str, Any]], stem: Path) -> None:
+    """All that is known so far: a run that is cut short leaves its numbers."""
+    stem.with_suffix(".json").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    stem.with_suffix(".md").write_text(summary(lines))
 
 
 if __name__ == "__main__":

@@ -32,7 +32,8 @@ class Variant:
 
     system: trainer, bare, minilora or matmul. stage: of ZeRO, None without DeepSpeed. file: the
     DeepSpeed file, `llama_factory` or `scaled`, which is ours with its limits at this size.
-    simulated: ranks that torch's fake process group plays, 0 for real processes.
+    simulated: ranks that torch's fake process group plays, 0 for real processes. recompute: of the
+    peers. keep: the share of minilora's blocks that keep their activations, None for what fits.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Variant:
     gather_tokens: int | None = None
     packing: bool = False
     simulated: int = 0
+    keep: float | None = None
 
     @property
     def world(self) -> int:

@@ -187,7 +187,7 @@ def load(checkpoint: Checkpoint, adapter: Path | None) -> Llama:
     torch.set_default_dtype(dtype)
     try:
         with torch.device(device):
-            model = Llama(checkpoint.shape, recompute=False)
+            model = Llama(checkpoint.shape)
             if lora:
                 inject(model, lora, seed=0, dtype=dtype)
     finally:

@@ -15,13 +15,21 @@ from pathlib import Path
 from minilora.arguments import read_settings
 from minilora.config import RequestError, Settings
 from minilora.config.reading import read_json
-from minilora.model.lora_shape import LoraShape
 from minilora.model.shape import LlamaShape
 from minilora.run.budget import GIB, Budget, budget
 from minilora.run.ds_config import SHIPPED, Facts, find_ds_config, resolve_ds_config
 from minilora.run.gathers import Zero
-from minilora.run.options import MARGIN, TILES, Option, best, longest_document, nearest, options
-from minilora.run.setup import Setup
+from minilora.run.options import (
+    MARGIN,
+    TILES,
+    Option,
+    best,
+    keeping,
+    longest_document,
+    nearest,
+    options,
+)
+from minilora.run.setup import Setup, setup_of
 from minilora.run.stop import Lasting
 
 # A card sold with 24 GB has 24 x 2^30 bytes, of which the driver keeps a part: torch reports
@@ -72,7 +80,8 @@ def _run(own: argparse.Namespace, settings: Settings) -> int:
         f"deepspeed: {asked.file}\nan optimizer step has at most {setup.step_tokens:,} tokens per "
         f"GPU, in documents of up to {setup.longest:,}",
         *table(asked.budget, own.explain),
-        f"{'fits' if spare >= 0 else 'does not fit'}: {spare:+.2f} GiB of headroom\n",
+        f"{'fits' if spare >= 0 else 'does not fit'}: {spare:+.2f} GiB of headroom",
+        *_kept(settings, asked, limit),
         *_comparison(found, limit, own),
         *_longest(setup, files, limit),
         sep="\n",
@@ -85,29 +94,6 @@ def _run(own: argparse.Namespace, settings: Settings) -> int:
     if own.plot:
         _plot(own.plot, found, limit)
     return 0 if spare >= 0 else 1
-
-
-def setup_of(settings: Settings, shape: LlamaShape, zero: Zero, ranks: int) -> Setup:
-    """What the settings mean for one rank at worst: every document cutoff_len tokens long.
-
-    Raises RequestError for an adapter that does not fit the model.
-    """
-    train, longest = settings.train, settings.data.cutoff_len
-    documents = train.per_device_train_batch_size * train.gradient_accumulation_steps
-    return Setup(
-        shape=shape,
-        zero=zero,
-        ranks=ranks,
-        adapter=LoraShape.of(settings.method, shape),
-        bf16=train.bf16 is not False,
-        recompute=not settings.model.disable_gradient_checkpointing,
-        tile_tokens=train.tile_tokens,
-        gather_tokens=train.gather_tokens,
-        loss_tokens=train.loss_tokens,
-        offload_activations=train.offload_activations,
-        step_tokens=documents * longest,
-        longest=longest,
-    )
 
 
 def table(needs: Budget, explain: bool = False) -> Iterator[str]:
@@ -124,6 +110,18 @@ def table(needs: Budget, explain: bool = False) -> Iterator[str]:
     for term in (term for term in needs.host if term.bytes):
         how = f"  = {term.formula}" * explain
         yield f"{'the host: ' + term.name:<40}{term.bytes / GIB:8.2f} GiB{how}"
+
+
+def _kept(settings: Settings, asked: Option, limit: int) -> Iterator[str]:
+    """What a run does with the headroom where the settings leave it to the run."""
+    if settings.keeps_what_fits:
+        way, layers = keeping(asked.setup, limit), asked.setup.shape.num_layers
+        spans = "" if way.gather_tokens == asked.setup.gather_tokens else " (in spans of a tile)"
+        yield (
+            f"{way.keep_blocks} of {layers} blocks would keep their activations{spans}, more with "
+            "shorter rows: see keep_blocks"
+        )
+    yield ""
 
 
 def _comparison(found: Sequence[Option], limit: int, own: argparse.Namespace) -> Iterator[str]:
@@ -160,7 +158,7 @@ def _longest(setup: Setup, files: Mapping[str, Zero], limit: int) -> Iterator[st
     for file, zero in files.items():
         ways = [replace(setup, zero=zero), replace(setup, zero=zero, offload_activations=True)]
         here, away = (longest_document(way, limit) for way in ways)
-        yield f"  {file:<16}{here:>10,}{f'({away:,})' * setup.recompute:>12}"
+        yield f"  {file:<16}{here:>10,}{f'({away:,})' * (setup.keep_blocks == 0):>12}"
 
 
 def asked_for(settings: Settings, ranks: int, bf16: bool) -> tuple[Option, dict[str, Zero]]:

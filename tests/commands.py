@@ -100,7 +100,13 @@ def parse_module(module: str, words: list[str]) -> None:
             read_settings(parser_of(module).parse_known_args(words)[1], command)
         case "generate" | "merge" | "plot":
             parser_of(module).parse_args(words)
-        case "benchmarks.speed" | "benchmarks.memory" | "benchmarks.gpu":
+        case (
+            "benchmarks.speed"
+            | "benchmarks.memory"
+            | "benchmarks.gpu"
+            | "benchmarks.start"
+            | "benchmarks.overlap"
+        ):
             importlib.import_module(module).read(words)
         case _:
             pytest.fail(f"nothing is known about: python -m {module}")

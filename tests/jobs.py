@@ -23,9 +23,11 @@ import torch
 from minilora.arguments import read_settings
 from minilora.model.lora import lora_parameters
 from minilora.run.engine import Engine
+from minilora.run.phases import Phases
 from minilora.run.stop import Stopped
 from minilora.run.world import World
-from minilora.train import check, leave, run_in
+from minilora.train import leave
+from minilora.training import check, run_in
 
 GATHERED: list[int] = [0]
 
@@ -99,7 +101,7 @@ def main() -> None:
         plan = check(settings)
         world = world or World(settings.train)
         try:
-            run_in(world, settings, plan)
+            run_in(world, settings, plan, Phases())
         except Stopped as stopped:
             assert watch.stop_after == len(watch.steps), stopped
         costs = world.gather_objects({"bytes_read": watch.bytes_read, "gathered": watch.steps})

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -270,3 +271,16 @@ def test_help_is_quick_and_needs_no_torch() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=20
     )
     assert done.stdout.startswith("usage: python -m minilora.train")
+
+
+@pytest.mark.parametrize(("words", "code"), [(["--help"], 0), (["--lora_rnk", "8"], 2)])
+def test_help_and_wrong_settings_are_answered_before_torch_is_imported(
+    words: list[str], code: int
+) -> None:
+    check = "import sys; from minilora.train import main\ntry: code = main(sys.argv[1:])\n"
+    check += "except SystemExit as end: code = end.code\n"
+    check += "assert not {'torch', 'deepspeed', 'numpy'} & {*sys.modules}; sys.exit(code)"
+    started = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", check, *words], capture_output=True, text=True)
+    assert done.returncode == code, done.stderr
+    assert time.monotonic() - started < 2  # 0.12 s on a machine with nothing else to do

@@ -129,6 +129,19 @@ def test_documents_are_dealt_longest_first_to_the_rank_with_the_fewest_tokens() 
     assert [documents.lengths[step.local_rows].tolist() for step in steps] == [[9, 6, 5], [8, 7, 4]]
 
 
+def test_long_documents_count_for_their_attention_too() -> None:
+    """A document of 8 tokens is 8 + 64 / 4 = 24 of work, as much as six of 2 and two of 1."""
+    documents = Documents.of(
+        [(np.zeros(n, np.int32), np.ones(n, np.bool_)) for n in (8, 2, 2, 2, 2, 2, 2, 2, 2)]
+    )
+    dealt = [
+        build_step(documents, np.arange(9), step=0, place=Place(0, 2, even_length=length),
+                   limits=TileLimits(), seed=1).local_rows.tolist()
+        for length in (float("inf"), 4.0)
+    ]  # fmt: skip
+    assert dealt == [[0, 5, 7], [0]]
+
+
 def test_ranks_without_documents_get_one_token_without_a_label() -> None:
     documents = some_documents(5, seed=3)
     steps = steps_of_all_ranks(documents, [4], 3, TileLimits())

@@ -60,6 +60,19 @@ def test_the_gpu_command_runs_on_a_cpu(tmp_path: Path) -> None:
     assert "predicted" in "".join(printed[len(rows) :]) and "tokens/s" in printed[-1]
 
 
+def test_the_next_block_is_gathered_while_one_computes() -> None:
+    """From before it begins until after it ends, in both directions; without prefetching never."""
+    for words, blocks in ([], 3), (["--no_prefetch"], 0):
+        command = [sys.executable, "-m", "benchmarks.overlap", *words]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+        assert done.returncode == 0, done.stderr
+        found = json.loads(done.stdout.splitlines()[-1])
+        assert found["of"] == 3
+        for direction in ("forward", "backward"):
+            for end in ("begins", "ends"):
+                assert found[f"as {direction} {end}"] == blocks, found
+
+
 def player(folder: Path, name: str, loss: float, grad: torch.Tensor) -> Player:
     path = folder / f"{name}.pt"
     torch.save({"a": grad}, path)
@@ -98,3 +111,14 @@ def test_a_weight_follows_from_its_name() -> None:
 def test_model_flops_of_the_8b_model_are_those_of_the_notes() -> None:
     """31.9 GFLOP per token at length 2048 without LoRA, 0.25 with it."""
     assert SIZES["8b"].model_flops(2048) / 2048 / 1e9 == pytest.approx(31.9 + 0.25, abs=0.05)
+
+
+def test_ranks_get_work_by_those_flops() -> None:
+    for size in SIZES.values():
+        shape, lora = size.shape, 6 * size.lora.size(size.shape)
+        work = [n + n * n / shape.even_length for n in (1, 60, 2048)]
+        flops = [size.model_flops(n) - n * lora for n in (1, 60, 2048)]
+        assert np.array(work) / work[0] == pytest.approx(np.array(flops) / flops[0])
+    # Forward 15.01 GFLOP of products and 0.54 of attention per token at 2048; backward 1 x, 2.5 x.
+    share = 2048 / SIZES["8b"].shape.even_length
+    assert share == pytest.approx(3.5 * 0.54 / (2 * 15.01), rel=0.01)

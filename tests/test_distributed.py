@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ def two_ranks(ground: Ground, launch: Callable[..., tuple[int, str]]) -> Jobs:
     """Jobs on 2 ranks: accumulation for the traffic, recompute per stage, tiles and spans."""
     zero3 = str(stage_file(ground.folder, 3))
     common = {"max_steps": 3, "per_device_train_batch_size": 2, "deepspeed": zero3}
+    common["keep_blocks"] = 0  # both would fit
     jobs = {}
     for accumulation in (4, 8):
         jobs[f"accumulation {accumulation}"] = {
@@ -45,17 +47,19 @@ def two_ranks(ground: Ground, launch: Callable[..., tuple[int, str]]) -> Jobs:
                 **common,
                 "deepspeed": str(stage_file(ground.folder, stage)),
                 "lora_dropout": 0.2,
-                "tile_tokens": 4096,
+                "tile_tokens": 100,
                 "gradient_accumulation_steps": 2,
-                "disable_gradient_checkpointing": keep,
             }
+            if keep:
+                del jobs[f"stage {stage} keep True"]["keep_blocks"]
+                jobs[f"stage {stage} keep True"]["disable_gradient_checkpointing"] = True
     for tile, gather in ((4096, None), (1, None), (100, 100), (100, 300), (200, 10**6)):
         limits = {"tile_tokens": tile} | ({"gather_tokens": gather} if gather else {})
         jobs[f"tile {tile} gather {gather}"] = {
             **common, "gradient_accumulation_steps": 4, **limits
         }  # fmt: skip
-    jobs["offloaded"] = {**common, "gradient_accumulation_steps": 4, "tile_tokens": 100,
-                         "gather_tokens": 300, "offload_activations": True}  # fmt: skip
+    jobs["offloaded"] = {**jobs["tile 100 gather 300"], "offload_activations": True}
+    jobs["kept"] = {**jobs["tile 100 gather 300"], "keep_blocks": 1}
     jobs["bf16"] = {**common, "bf16": True, "keep_weights": True}
     for batch, accumulation in ((1, 8), (8, 1)):
         jobs[f"batch {batch}"] = {
@@ -160,13 +164,22 @@ def test_an_optimizer_step_gathers_less_than_twice_the_model(
 
 
 @pytest.mark.parametrize("stage", range(4))
-def test_recompute_changes_no_bit_in_one_tile_with_dropout(two_ranks: Jobs, stage: int) -> None:
+def test_recompute_changes_no_bit_in_tiles_with_dropout(two_ranks: Jobs, stage: int) -> None:
     kept, again = two_ranks[f"stage {stage} keep True"], two_ranks[f"stage {stage} keep False"]
     assert log(kept, "loss") == log(again, "loss")
     assert log(kept, "grad_norm") == log(again, "grad_norm")
     others = adapter(again)
     for name, tensor in adapter(kept).items():
         assert torch.equal(tensor, others[name]), name
+
+
+def test_keeping_one_block_of_two_changes_no_bit_and_no_gather(two_ranks: Jobs) -> None:
+    kept, again = two_ranks["kept"], two_ranks["tile 100 gather 300"]
+    assert log(kept, "loss") == log(again, "loss")
+    for name, tensor in adapter(again).items():
+        assert torch.equal(tensor, adapter(kept)[name]), name
+    for mine, theirs in zip(costs(kept), costs(again), strict=True):
+        assert mine["gathered"] == theirs["gathered"]
 
 
 def test_stages_agree_with_dropout(two_ranks: Jobs) -> None:
@@ -290,6 +303,8 @@ def test_every_launcher_trains(
     assert code == 0, output
     assert len(log(job, "loss")) == 2
     assert f"ZeRO-3 on {ranks} x cpu" in output
+    assert "2 of 2 blocks keep their activations" in output
+    assert re.search(r"s since the launch: imports \d+\.\d, checks .*, weights ", output)
     assert output.count("the adapter is in") == 1
     assert output.count("\nplan: ") == output.count("memory at the fullest: predicted ") == 1
 

@@ -54,14 +54,15 @@ def test_no_step_has_more_than_the_trial_computes(packing: bool, ranks: int) -> 
         rows = int(source.integers(1, 12)) * ranks
         schedule = Schedule(documents.lengths, 1, rows, 120, packing, num_train_epochs=2)
         limits = TileLimits(tile, gather)
-        worst = worst_span(documents, most_tokens(schedule, ranks), limits)
+        even = float(source.choice([np.inf, 1000, 120]))  # longest: 120 tokens
+        worst = worst_span(documents, most_tokens(schedule, ranks, even), limits)
         bounds = [len(worst.token_ids), max(map(sum, worst.tiles)), max(map(max, worst.tiles))]
         labels = int((worst.labels >= 0).sum())
         assert bounds[0] == sum(map(sum, worst.tiles)) == len(worst.labels)
         for step in range(schedule.total_steps):
             chosen = schedule.rows(step)
             for rank in range(ranks):
-                place = Place(rank, ranks)
+                place = Place(rank, ranks, even)
                 made = build_step(
                     documents, chosen, step=step, place=place, limits=limits, seed=1
                 ).spans
@@ -77,7 +78,7 @@ def test_the_trial_is_no_larger_than_equal_rows_make_it() -> None:
     documents = Documents.of([(np.zeros(50, np.int32), np.ones(50, np.bool_))] * 60)
     for packing in (False, True):
         schedule = Schedule(documents.lengths, 1, 48, 50, packing)
-        most = most_tokens(schedule, 3)
+        most = most_tokens(schedule, 3, float("inf"))
         assert most == 800 if not packing else 800 <= most <= 850
         span = worst_span(documents, 800, TileLimits(120, 400))
         assert span.tiles == ((50, 50, 20), (50, 50, 20), (50, 50, 20), (40,))

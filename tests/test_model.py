@@ -50,9 +50,9 @@ def random_llama(**changes: object) -> LlamaForCausalLM:
     return model
 
 
-def ours(theirs: LlamaForCausalLM, recompute: bool = True) -> Llama:
+def ours(theirs: LlamaForCausalLM, keep_blocks: int = 0) -> Llama:
     shape = LlamaShape.from_config(theirs.config.to_dict())
-    model = Llama(shape, recompute)
+    model = Llama(shape, keep_blocks)
     expected = set(shape.parameter_shapes())
     state = {name: tensor for name, tensor in theirs.state_dict().items() if name in expected}
     assert {name: tuple(tensor.shape) for name, tensor in state.items()} == shape.parameter_shapes()

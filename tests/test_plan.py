@@ -16,10 +16,11 @@ import pytest
 
 from minilora.config import DataSettings, MethodSettings, Settings, TrainSettings
 from minilora.model.shape import LlamaShape
-from minilora.plan import main, setup_of
+from minilora.plan import main
 from minilora.run.budget import budget
 from minilora.run.gathers import Gathers, Zero, in_order
-from minilora.run.options import longest_document
+from minilora.run.options import keeping, longest_document
+from minilora.run.setup import setup_of
 
 ROOT = Path(__file__).resolve().parent.parent
 ARTICLE = [str(ROOT / "examples/llama31_8b_7x4090.yaml"), "--num_gpus", "7"]
@@ -34,7 +35,8 @@ CASES: dict[int, list[dict[str, Any]]] = {
     1: [
         {"deepspeed": "zero0"},
         {"deepspeed": "zero0", "tile_tokens": 512, "gather_tokens": 512, "lora_rank": 32},
-        {"deepspeed": "zero0", "recompute": False},
+        {"deepspeed": "zero0", "keep_blocks": 4},
+        {"deepspeed": "zero0", "keep_blocks": 4, "cutoff_len": 1024, "batch": 1, "tile_tokens": 64},
         {"deepspeed": "zero0", "lora_dropout": 0.1, "lora_rank": 32},
         {"deepspeed": "zero0", "cutoff_len": 1024, "batch": 1, "gather_tokens": 1024},
         {"deepspeed": "zero0", "cutoff_len": 1024, "batch": 1, "tile_tokens": 64},
@@ -46,7 +48,7 @@ CASES: dict[int, list[dict[str, Any]]] = {
     2: [
         {"deepspeed": "zero3"},
         {"deepspeed": "zero3", "tied": True, "gather_tokens": 512},
-        {"deepspeed": "zero3", "recompute": False, "lora_target": ["q_proj", "v_proj"]},
+        {"deepspeed": "zero3", "keep_blocks": 4, "lora_target": ["q_proj", "v_proj"]},
         {"deepspeed": "zero2", "gather_tokens": 512},
         {"deepspeed": "zero2", "tile_tokens": 1024, "reduce_bucket_size": 10**6},
         {"deepspeed": "zero2", "bf16": True, "loss_tokens": 1024},
@@ -54,6 +56,8 @@ CASES: dict[int, list[dict[str, Any]]] = {
         {"deepspeed": "zero3", "additional_target": WHOLE, "gather_tokens": 512},
         {"deepspeed": "zero3", "additional_target": WHOLE[:1], "use_dora": True},
         {"deepspeed": "zero2", "additional_target": WHOLE, "gather_tokens": 512},
+        {"deepspeed": "zero3", "keep_blocks": 2, "gather_tokens": 512},
+        {"deepspeed": "zero3", "keep_blocks": 1, "offload_activations": True},
     ],
     3: [
         {"deepspeed": "zero3", "packing": True, "gather_tokens": 512},
@@ -205,6 +209,8 @@ def test_no_torch_no_gpu_no_weights_and_soon() -> None:
         (["--deepspeed", "zero9"], "zero9: no such file"),
         (["--lora_target", "q_prj"], "no layer is called q_prj"),
         (["--gpu_memry", "24"], "not a known key"),
+        (["--keep_blocks", "40"], "the model has 32 blocks"),
+        (["--keep_blocks", "4", "--disable_gradient_checkpointing", "true"], "remove keep_blocks"),
         (["--gather_tokens", "100"], "less than tile_tokens"),
     ],
 )
@@ -273,8 +279,29 @@ def test_the_articles_sums() -> None:
     assert sizes["Adam moments, fp32"] == pytest.approx(8 * 41_943_040 / 7, rel=1e-3)
     once, twice = 2 * 525_336_576, 32 * 218_103_808  # embedding and head; each block
     assert needs.gathered == pytest.approx(2 * (once + 2 * twice), rel=0.001)
-    kept = budget(article(recompute=False))
+    kept = budget(article(keep_blocks=32))
     assert kept.total > 5 * needs.total
+
+
+def test_blocks_are_kept_while_they_fit() -> None:
+    """One token has 160 KB of activations in a block, so a step of 32,768 tokens 5.2 GB."""
+    for gib, expected in ((4, 0), (16, 0), (24, 1), (48, 5), (200, 32)):
+        limit, step = gib * 2**30, {"step_tokens": 32768, "lora_rank": 16}
+        way = keeping(article(**step), limit)
+        assert (way.keep_blocks, way.gather_tokens) == (expected, None)
+        assert budget(way).total <= 0.95 * limit or expected == 0
+        more = replace(way, keep_blocks=min(expected + 1, 32))
+        assert budget(more).total > 0.95 * limit or expected == 32
+    assert keeping(article(step_tokens=2048), 24 * 2**30).keep_blocks == 32
+
+
+def test_where_nothing_is_gathered_the_step_is_cut_so_that_more_blocks_are_kept() -> None:
+    limit, alone = 80 * 2**30, article(step_tokens=32768, lora_rank=16, ranks=1)
+    way = keeping(alone, limit)
+    assert (way.keep_blocks, way.gather_tokens) == (32, 4096)
+    assert budget(replace(alone, keep_blocks=12)).total > limit
+    given = keeping(replace(alone, gather_tokens=32768), limit)
+    assert given.gather_tokens == 32768 and 0 < given.keep_blocks < 12
 
 
 def test_the_longest_document_is_the_longest() -> None:

@@ -189,7 +189,7 @@ def test_all_broken_files_are_named_at_once(copy: Path) -> None:
     assert len(refused.value.problems) >= 2
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 def test_weights_that_are_not_finite_are_refused(copy: Path, bad: float) -> None:
     norm = torch.ones(32)
     norm[5] = bad

@@ -19,7 +19,7 @@ from minilora.data.prepare import prepare
 from minilora.files.adapter import write_adapter
 from minilora.files.weights import INDEX, Piece, read_config, read_pieces
 from minilora.model.lora_shape import LoraShape
-from minilora.train import check
+from minilora.training import check
 
 NORM = "model.norm.weight"
 ROWS = [{"instruction": f"q {index}", "output": f"a {index}"} for index in range(12)]

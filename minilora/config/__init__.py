@@ -30,6 +30,8 @@ def shortened(problems: Sequence[str], most: int = 5) -> list[str]:
 class RunError(Exception):
     """Something happened in the run: exit code 1, with what happened and the next step."""
 
+    told = False  # whether it has been printed already
+
 
 # A table: a line or two for each setting.
 # fmt: off
@@ -182,6 +184,9 @@ class TrainSettings:
         False, "Ours: refuse a run of which the memory plan says that it does not fit.")
     memory_snapshot: bool = setting(
         False, "Ours: when a GPU runs out of memory, write torch's history of it to output_dir.")
+    keep_blocks: int | None = setting(
+        None, "Ours: last blocks that keep their activations, not recomputed. Default: what fits.",
+        at_least=0)
     verbose_deepspeed: bool = setting(False, "Ours: print DeepSpeed's own log lines too.")
 
     @property
@@ -230,6 +235,11 @@ class Settings:
         """packing, or its default: yes for plain text, no for conversations."""
         return self.method.stage == "pt" if self.data.packing is None else self.data.packing
 
+    @property
+    def keeps_what_fits(self) -> bool:
+        """Whether as many blocks keep their activations as fit: no number is asked, nor all."""
+        return self.train.keep_blocks is None and not self.model.disable_gradient_checkpointing
+
     def to_dict(self) -> dict[str, Any]:
         """Every key and value, flat and in the order of --help."""
         return {
@@ -257,6 +267,9 @@ class Settings:
             f"{name('offload_activations')} moves what recomputing starts from: set "
             "disable_gradient_checkpointing to false":
                 self.train.offload_activations and self.model.disable_gradient_checkpointing,
+            f"{name('disable_gradient_checkpointing')} keeps every block; remove "
+            f"{name('keep_blocks')}": self.model.disable_gradient_checkpointing
+                and self.train.keep_blocks is not None,
             f"{name('eval_strategy')}: nothing to validate with; give eval_dataset or val_size":
                 self.train.eval_strategy != "no" and not held_out,
             f"{name('eval_dataset')} and {name('val_size')}: give one of them":

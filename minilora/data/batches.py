@@ -4,6 +4,7 @@ Shape letters: T tokens of all documents, n documents, N tokens of one span.
 """
 
 import hashlib
+import math
 from bisect import bisect_left, insort
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -98,10 +99,15 @@ class TileLimits:
 
 @dataclass(frozen=True)
 class Place:
-    """This process among all processes of the run."""
+    """This process among all processes of the run.
+
+    even_length: a document of n tokens is n + n * n / even_length of work, the square's share of it
+    for attention.
+    """
 
     rank: int = 0
     world_size: int = 1
+    even_length: float = math.inf
 
 
 @dataclass(frozen=True)
@@ -149,7 +155,7 @@ def build_step(
     do not change.
     """
     lengths = documents.offsets[rows + 1] - documents.offsets[rows]
-    shares = _deal(lengths, place.world_size)
+    shares = _deal(lengths, place.world_size, place.even_length)
     share = shares[place.rank]
     limit = limits.gather_tokens or int(lengths.sum())
     spans_wanted = max(1, *(len(_pack(lengths[other], limit)) for other in shares))
@@ -164,18 +170,20 @@ def build_step(
     return Step(spans, labelled, int(lengths.sum()), rows, rows[share])
 
 
-def most_tokens(schedule: Schedule, world_size: int) -> int:
+def most_tokens(schedule: Schedule, world_size: int, even_length: float) -> int:
     """The most tokens that one rank can have in a step, whatever the order of the documents."""
     lengths, rows = np.sort(schedule.lengths)[::-1], schedule.rows_per_step
     if not schedule.packing:
-        shares = _deal(lengths[:rows], world_size)
+        shares = _deal(lengths[:rows], world_size, even_length)
         return max(int(lengths[share].sum()) for share in shares)
     # Dealt longest first, the last document of the fullest rank is its only one, or no longer
-    # than each of world_size others: a share of the step, and what of it is more than that share.
+    # than each of world_size others: a share of the work, and what of it is more than that share.
+    # No rank has more tokens than work.
     room, longest = rows * schedule.cutoff_len, int(lengths[0])
     last = min(longest, room // (world_size + 1))
-    share = (room + last * (world_size - 1)) // world_size
-    return min(max(longest, share), int(lengths.sum()))
+    work = room * (1 + longest / even_length)
+    share = (work + (last + last**2 / even_length) * (world_size - 1)) / world_size
+    return min(max(longest, int(share)), max(longest, room), int(lengths.sum()))
 
 
 def worst_span(documents: Documents, tokens: int, limits: TileLimits) -> Span:
@@ -196,14 +204,15 @@ def worst_span(documents: Documents, tokens: int, limits: TileLimits) -> Span:
     return Span(torch.from_numpy(numbers), torch.from_numpy(targets), tuple(tiles), seed=0)
 
 
-def _deal(lengths: Int64s, world_size: int) -> list[Int64s]:
-    """Indices into `lengths` for every rank: longest first, each to the rank with fewest tokens."""
-    loads = [(0, rank) for rank in range(world_size)]
+def _deal(lengths: Int64s, world_size: int, even_length: float) -> list[Int64s]:
+    """Indices into `lengths` for every rank: longest first, each to the rank with least work."""
+    work = lengths + lengths * lengths / even_length
+    loads = [(0.0, rank) for rank in range(world_size)]
     shares: list[list[int]] = [[] for _ in range(world_size)]
     for index in np.argsort(-lengths, kind="stable").tolist():
         load, rank = loads.pop(0)
         shares[rank].append(index)
-        insort(loads, (load + int(lengths[index]), rank))
+        insort(loads, (load + float(work[index]), rank))
     return [np.array(share, dtype=np.int64) for share in shares]
 
 

@@ -24,12 +24,9 @@ def causal_attention(
     """
     if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
         return _varlen(query, key, value, boundaries, max(lengths))
-    attended, start = [], 0
-    for length in lengths:
-        rows = slice(start, start + length)
-        attended.append(_attend_document(query[rows], key[rows], value[rows]))
-        start += length
-    return torch.cat(attended)
+    # Not slices: the gradient of each would be a whole (N, H, E), zero but for its own rows.
+    documents = (torch.split(x, list(lengths)) for x in (query, key, value))
+    return torch.cat([_attend_document(*each) for each in zip(*documents, strict=True)])
 
 
 def _attend_document(query: Tensor, key: Tensor, value: Tensor) -> Tensor:

@@ -15,9 +15,10 @@ from minilora.model.dropout import SeededDropout
 from minilora.model.linear import linear
 from minilora.model.loss import CHUNK_ROWS, head_loss, head_scores
 from minilora.model.offload import HostStore
-from minilora.model.recompute import recompute
+from minilora.model.recompute import keep, recompute
 from minilora.model.rope import rotate
 from minilora.model.shape import LlamaShape
+from minilora.model.swiglu import swiglu
 from minilora.model.tiles import Piece, Tile
 
 
@@ -71,7 +72,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """SwiGLU (Shazeer 2020, arXiv 2002.05202): (N, D) to (N, D)."""
+    """Gate, up and down projection: (N, D) to (N, D)."""
 
     def __init__(self, shape: LlamaShape) -> None:
         super().__init__()
@@ -81,16 +82,16 @@ class MLP(nn.Module):
         self.down_proj = Linear(*sizes["down_proj"], bias)
 
     def forward(self, x: Tensor, unread: bool = False) -> Tensor:
-        output: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x), unread)
+        output: Tensor = self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)), unread)
         return output
 
 
 class Block(nn.Module):
     """A decoder block: what ZeRO-3 gathers at once, what is recomputed, what loops over tiles."""
 
-    def __init__(self, shape: LlamaShape, layer: int, recompute: bool) -> None:
+    def __init__(self, shape: LlamaShape, layer: int, keep: bool) -> None:
         super().__init__()
-        self.layer, self.recompute = layer, recompute
+        self.layer, self.keep = layer, keep  # keep its activations instead of recomputing them
         self.dropout: SeededDropout | None = None
         self.store: HostStore | None = None  # of the inputs, shared by all blocks
         self.input_layernorm = RMSNorm(shape.hidden_size, shape.rms_norm_eps)
@@ -100,10 +101,12 @@ class Block(nn.Module):
 
     def forward(self, hidden: Tensor, tiles: Sequence[Tile]) -> Tensor:
         """hidden: (N, D), covered by the rows of the tiles in order. Returns (N, D)."""
-        if self.recompute and torch.is_grad_enabled():
-            trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
-            return recompute(self._forward_tile, hidden, tiles, trained, self.store)
-        return torch.cat([self._forward_tile(hidden[tile.rows], tile) for tile in tiles])
+        if not torch.is_grad_enabled():
+            return torch.cat([self._forward_tile(hidden[tile.rows], tile) for tile in tiles])
+        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        if self.keep:
+            return keep(self._forward_tile, hidden, tiles, trained)
+        return recompute(self._forward_tile, hidden, tiles, trained, self.store)
 
     def _forward_tile(self, hidden: Tensor, tile: Tile, unread: bool = False) -> Tensor:
         self._reseed(tile.seed, hidden)
@@ -167,10 +170,11 @@ class Head(nn.Module):
 class Decoder(nn.Module):
     """Embedding, blocks and the final norm; holds the names under `model.` in the files."""
 
-    def __init__(self, shape: LlamaShape, recompute: bool) -> None:
+    def __init__(self, shape: LlamaShape, keep_blocks: int) -> None:
         super().__init__()
         self.embed_tokens = Embedding(shape)
-        blocks = [Block(shape, layer, recompute) for layer in range(shape.num_layers)]
+        first = shape.num_layers - keep_blocks  # the last ones' activations live shortest
+        blocks = [Block(shape, layer, layer >= first) for layer in range(shape.num_layers)]
         self.layers = nn.ModuleList(blocks)
         self.norm = RMSNorm(shape.hidden_size, shape.rms_norm_eps)
 
@@ -193,12 +197,15 @@ class Decoder(nn.Module):
 
 
 class Llama(nn.Module):
-    """The whole model. Parameters are made empty, in the default dtype and device of torch."""
+    """The whole model. Parameters are made empty, in the default dtype and device of torch.
 
-    def __init__(self, shape: LlamaShape, recompute: bool = True) -> None:
+    keep_blocks: how many blocks, the last ones, keep their activations for backward.
+    """
+
+    def __init__(self, shape: LlamaShape, keep_blocks: int = 0) -> None:
         super().__init__()
         self.shape = shape
-        self.model = Decoder(shape, recompute)
+        self.model = Decoder(shape, keep_blocks)
         tied_weight = self.model.embed_tokens.weight if shape.tied else None
         self.lm_head = Head(shape, tied_weight)
 

@@ -1,15 +1,19 @@
-"""Activation checkpointing by hand: keep a block's input, compute the rest again in backward."""
+"""Activation checkpointing by hand: keep a block's input, compute the rest again in backward.
+
+Or keep its activations, by the same contract and with the same numbers, where memory allows.
+"""
 
 # Shape letters: N tokens, D model.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from minilora.model.offload import HostStore
 
@@ -51,6 +55,14 @@ def recompute(
     return output
 
 
+def keep(
+    body: Body[Tile], hidden: Tensor, tiles: Sequence[Tile], parameters: Sequence[Tensor]
+) -> Tensor:
+    """The same as `recompute`, to the bit, but saving all that `body` needs for backward."""
+    output: Tensor = _Keep.apply(body, tiles, hidden, *parameters)  # type: ignore[no-untyped-call]
+    return output
+
+
 class _Recompute(torch.autograd.Function):
     """One forward without a graph; in backward tile by tile a forward with one, and its gradients.
 
@@ -85,20 +97,60 @@ class _Recompute(torch.autograd.Function):
             (hidden,) = ctx.saved_tensors
         else:
             hidden = ctx.store.take(ctx.place, like=grad_output)
-        grad_hidden = torch.empty_like(hidden)
-        sums: list[Tensor] = []
-        for tile in ctx.tiles:
-            with torch.enable_grad():
-                tile_input = hidden[tile.rows].detach().requires_grad_()
-                tile_output = ctx.body(tile_input, tile, unread=True)
-            inputs = (tile_input, *ctx.parameters)
-            grad_input, *grads = torch.autograd.grad(tile_output, inputs, grad_output[tile.rows])
-            grad_hidden[tile.rows] = grad_input
-            if not sums:
-                sums = [grad.float() for grad in grads]
-            else:
-                torch._foreach_add_(sums, [grad.float() for grad in grads])
-        trained = (
-            grad.to(parameter.dtype) for grad, parameter in zip(sums, ctx.parameters, strict=True)
-        )
-        return None, None, None, None, grad_hidden, *trained
+
+        def graphs() -> Iterator[tuple[Tensor, GradientEdge]]:
+            for tile in ctx.tiles:
+                yield _forward_with_graph(ctx.body, hidden, tile, unread=True)[1:]
+
+        return (*[None] * 4, *_backward(graphs(), ctx.tiles, ctx.parameters, grad_output))
+
+
+class _Keep(torch.autograd.Function):
+    """A forward with a graph for each tile, which backward goes through."""
+
+    @staticmethod
+    def forward(ctx: Any, body: Any, tiles: Any, hidden: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.tiles, ctx.parameters, ctx.graphs = tiles, parameters, []
+        output = torch.empty_like(hidden)
+        for tile in tiles:
+            output[tile.rows], *graph = _forward_with_graph(body, hidden, tile)
+            ctx.graphs.append(graph)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        graphs = (ctx.graphs.pop(0) for _ in ctx.tiles)  # a tile's input goes with its graph
+        return None, None, *_backward(graphs, ctx.tiles, ctx.parameters, grad_output)
+
+
+def _forward_with_graph(
+    body: Any, hidden: Tensor, tile: Any, unread: bool = False
+) -> tuple[Tensor, Tensor, GradientEdge]:
+    """The tile's output without its graph; the graph's input and its end, which holds no tensor."""
+    with torch.enable_grad():
+        tile_input = hidden[tile.rows].detach().requires_grad_()
+        tile_output = body(tile_input, tile, unread)
+    return tile_output.detach(), tile_input, get_gradient_edge(tile_output)
+
+
+def _backward(
+    graphs: Iterable[tuple[Tensor, GradientEdge]],
+    tiles: Sequence[Any],
+    parameters: Sequence[Tensor],
+    grad_output: Tensor,
+) -> Iterator[Tensor]:
+    """The gradients of hidden and of each parameter, tile by tile."""
+    grad_hidden = torch.empty_like(grad_output)
+    sums: list[Tensor] = []
+    for tile, (tile_input, end) in zip(tiles, graphs, strict=True):
+        inputs = (tile_input, *parameters)
+        grad_input, *grads = torch.autograd.grad(end, inputs, grad_output[tile.rows])
+        grad_hidden[tile.rows] = grad_input
+        if not sums:
+            sums = [grad.float() for grad in grads]
+        else:
+            torch._foreach_add_(sums, [grad.float() for grad in grads])
+    yield grad_hidden
+    for grad, parameter in zip(sums, parameters, strict=True):
+        yield grad.to(parameter.dtype)

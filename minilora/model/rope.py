@@ -5,9 +5,11 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from minilora.model.shape import Rope
 
@@ -41,7 +43,30 @@ def rope_frequencies(rope: Rope, head_dim: int) -> Tensor:
 
 
 def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-    """Turn each head of x (N, heads, E) by its position's angles."""
-    cos, sin = rotation
-    first, second = x.chunk(2, -1)
-    return x * cos + torch.cat((-second, first), -1) * sin
+    """Turn each head of x (N, heads, E) by its position's angles, the cos and sin of `rotation`."""
+    rotated: Tensor = _Rotate.apply(x, *rotation)  # type: ignore[no-untyped-call]
+    return rotated
+
+
+class _Rotate(torch.autograd.Function):
+    """A gradient is turned back; autograd would go through the steps of `_turn` one by one."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _turn(x, cos, sin, 1.0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        cos, sin = ctx.saved_tensors
+        return _turn(grad, cos, sin, -1.0), None, None
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
+    """x * cos + (-second half, first half) * sin, without putting the halves together."""
+    turned = x * cos
+    first, second = (slice(None, x.shape[-1] // 2), slice(x.shape[-1] // 2, None))
+    turned[..., first].addcmul_(x[..., second], sin[..., first], value=-sign)
+    turned[..., second].addcmul_(x[..., first], sin[..., second], value=sign)
+    return turned

@@ -158,18 +158,22 @@ def _static(setup: Setup) -> Iterator[Term]:
 def _at(setup: Setup, moment: Moment) -> Iterator[tuple[str, list[Term]]]:
     """What is alive beside the static terms while parameters arrive, and while they are used.
 
-    Counted are blocks whose activations are saved (or, recomputed, their inputs; offloaded, the
-    first one's and those on their way back) and hidden states (N, D): outputs and gradients.
+    Counted are blocks whose inputs are saved (offloaded, the first one's and those on their way
+    back), blocks whose activations are, and hidden states (N, D): outputs and gradients.
     """
-    module, again, away = moment.module, setup.recompute, setup.offload_activations
+    module, away = moment.module, setup.offload_activations
+    first = setup.shape.num_layers - setup.keep_blocks  # of those that keep their activations
     block = setup.shape.num_layers if module.block is None else module.block
-    saved = 1 + moment.backward if away else block
+    inputs, kept = min(block, first), max(0, block - first)
+    inputs = min(inputs, 1 + moment.backward) if away else inputs
+    keeps = module.block is not None and block >= first
+    saved, now = (inputs, kept), (inputs + (not keeps), kept + keeps)
     if module.block is not None and moment.backward:
-        yield "gather", _live(setup, moment, saved + 1 - away, 1)
-        yield "recompute", _live(setup, moment, saved + 1, 1 + again, _backward(setup))
+        yield "gather", _live(setup, moment, saved if away and not keeps else now, 1)
+        yield "recompute", _live(setup, moment, now, 2, _backward(setup, keeps))
     elif module.block is not None:
-        yield "gather", _live(setup, moment, saved + again, 1 - again)
-        yield "forward", _live(setup, moment, saved + 1, 2 - again, _forward(setup))
+        yield "gather", _live(setup, moment, (now[0], kept), int(keeps))
+        yield "forward", _live(setup, moment, now, 1, _forward(setup, keeps))
     elif module.name == "head" and not moment.backward:
         yield "gather", _live(setup, moment, saved, 2)
         yield "loss", _live(setup, moment, saved, 3, _loss(setup))
@@ -178,47 +182,50 @@ def _at(setup: Setup, moment: Moment) -> Iterator[tuple[str, list[Term]]]:
     elif module.name != "embedding" and (moment.backward or module.name == "norm"):
         yield "gather", _live(setup, moment, saved, 3 if module.name == "head" else 2)
     else:
-        yield "embedding" if moment.backward else "gather", _live(setup, moment, 0, 1)
+        yield "embedding" if moment.backward else "gather", _live(setup, moment, (0, 0), 1)
 
 
 def _live(
-    setup: Setup, moment: Moment, saved: int, rows: int, work: Term | None = None
+    setup: Setup, moment: Moment, saved: tuple[int, int], rows: int, work: Term | None = None
 ) -> list[Term]:
-    """Terms of `saved` blocks' activations, `rows` hidden states and the work, if it began."""
+    """Terms of blocks' inputs and of blocks' activations, `rows` hidden states, the work begun."""
     n, s, d, own = setup.span, setup.size, setup.shape.hidden_size, sum(moment.module.own.values())
     attention, mlp = setup.kept
-    each = d if setup.recompute else d + attention + (mlp if setup.piece == setup.tile else d)
-    what = "block inputs saved" if setup.recompute else "activations saved"
+    each = d + attention + (mlp if setup.piece == setup.tile else d)
     ahead = (moment.held if work else moment.arriving) - own
-    inputs, states = f"{saved} blocks x {n:,} tokens x {each:,}", f"{rows} x {n:,} tokens x {d:,}"
+    (inputs, kept), states = saved, f"{rows} x {n:,} tokens x {d:,}"
     return [
         Term("parameters", f"gathered: {moment.module.name}", own, s),
         Term("parameters", "gathered ahead, and buffers", ahead, s),
-        Term("activations", what, saved * n * each, s, inputs),
+        Term("activations", "block inputs saved", inputs * n * d, s,
+             f"{inputs} blocks x {n:,} tokens x {d:,}"),
+        Term("activations", "activations kept", kept * n * each, s,
+             f"{kept} blocks x {n:,} tokens x {each:,}"),
         Term("activations", "hidden states", rows * n * d, s, states),
         Term("activations", "ids, labels, rotary tables", n, 2 * setup.shape.head_dim * s + 16),
         *([work] if work else []),
         *_gradients(setup, moment),
-    ]
+    ]  # fmt: skip
 
 
-def _forward(setup: Setup) -> Term:
+def _forward(setup: Setup, keeps: bool) -> Term:
     """Without a graph, the fuller of rotating queries, and residual, normed, three of the MLP."""
     d, f, q, k = setup.features
-    each = ((d + 4 * q + 2 * k, 0), (2 * d, 3 * f)) if setup.recompute else ((0, 0),)
+    each = ((2 * d, 0),) if keeps else ((d + 3 * q + 2 * k, 0), (2 * d, 3 * f))
     return _work(setup, "block's working set", *each)
 
 
-def _backward(setup: Setup) -> Term:
+def _backward(setup: Setup, keeps: bool) -> Term:
     """What is kept, and at the fuller moment: two gradients in the MLP, or attention's backward."""
     (d, f, q, k), (attention, mlp) = setup.features, setup.kept
-    if not setup.recompute:
-        return _work(setup, "MLP's gradients", (0, 2 * f))
     pieces, last = setup.piece < setup.tile, d * (setup.span > setup.tile)
-    within = (attention + (3 * d + last) * pieces, mlp + 2 * f + d + (d if pieces else last))
+    if keeps:
+        again = (2 * d, mlp + 2 * f + d) if pieces else (0, 2 * f)
+        return _work(setup, "MLP's gradients", again)
+    within = (attention + (2 * d + last) * pieces, mlp + 2 * f + (d if pieces else last))
     # Gradients of output, q, k and v; the flash kernel's fp32 sum, its k and v per query head.
     flash = (4 * q // setup.size + 2 * q * (k < q)) * setup.on_gpu
-    beside = (attention + 2 * d + last + 2 * q + 2 * k + flash, 0)
+    beside = (attention + d + last + 2 * q + 2 * k + flash, 0)
     return _work(setup, "block's working set, recomputed", within, beside)
 
 
@@ -242,7 +249,7 @@ def _gradients(setup: Setup, moment: Moment) -> Iterator[Term]:
     zero, layers, more = setup.zero, setup.shape.num_layers, setup.spans > 1
     block, index = sum(setup.lora.values()), moment.module.block
     done = layers - 1 - index if moment.backward and index is not None else 0
-    if moment.backward and index is not None and setup.recompute and setup.span > setup.tile:
+    if moment.backward and index is not None and setup.span > setup.tile:
         each = 4 + (setup.size if zero.stage else 4)
         yield Term("accumulation", "sums over tiles, and the last tile's", block, each)
     if zero.stage == 0:
@@ -283,7 +290,8 @@ def _whole_gradients(setup: Setup, moment: Moment) -> Iterator[Term]:
 def _host(setup: Setup) -> Iterator[Term]:
     shape, ranks, s = setup.shape, setup.ranks, setup.size
     total = sum(_sizes(shape).values())
-    inputs = shape.num_layers * setup.span * shape.hidden_size * setup.offload_activations
+    recomputed = shape.num_layers - setup.keep_blocks
+    inputs = recomputed * setup.span * shape.hidden_size * setup.offload_activations
     yield Term("host", "processes, estimate", ranks, PROCESS)
     yield Term("host", "block inputs, pinned", ranks * inputs, s)
     yield Term("host", "weights, pinned", total * setup.zero.offload_param, s)

@@ -25,6 +25,7 @@ from minilora.model.lora import LoraLinear, inject, lora_parameters, parameter_g
 from minilora.model.lora_shape import MAGNITUDE, LoraShape
 from minilora.model.tiles import document_tiles
 from minilora.run.ds_config import zero_stage
+from minilora.run.phases import Phases
 from minilora.run.world import World, wants_bf16
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, by torch's names
@@ -34,7 +35,8 @@ MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, by torch's names
 class Plan:
     """What the engine builds: which weights, which adapter, how partitioned.
 
-    adapter: parameter name to tensor, to continue from; empty for a new one.
+    adapter: parameter name to tensor, to continue from; empty for a new one. keep_blocks: how many
+    blocks, the last ones, keep their activations.
     """
 
     checkpoint: Checkpoint
@@ -42,13 +44,13 @@ class Plan:
     adapter: Mapping[str, Tensor]
     train: TrainSettings
     ds_config: dict[str, Any]
-    recompute: bool
+    keep_blocks: int
 
 
 class Engine:
     """A Llama with LoRA in DeepSpeed's hands."""
 
-    def __init__(self, world: World, plan: Plan) -> None:
+    def __init__(self, world: World, plan: Plan, phases: Phases) -> None:
         _wake_deepspeed(world, plan)
         self.world, self.shape = world, plan.checkpoint.shape
         self.stage = zero_stage(plan.ds_config)
@@ -58,11 +60,13 @@ class Engine:
         self.trained_dtype = self.dtype if self.stage else torch.float32
         ds_config = plan.ds_config | ({} if self.stage else {"bf16": {"enabled": False}})
         self.model = self._build(plan)
+        phases.done("model")
         with world.agreed():
             self.bytes_read = read_pieces(plan.checkpoint, self._pieces())
         for name, value in (plan.adapter or self._magnitudes()).items():
             start, kept = self._partition(self.model.get_parameter(name))
             kept.copy_(value.view(-1)[start : start + len(kept)])
+        phases.done("weights")
         if self.stage == 3:
             ds.set_z3_leaf_modules(self.model, [Block])
         train, self.tile_tokens = plan.train, plan.train.tile_tokens
@@ -79,6 +83,7 @@ class Engine:
             model=self.model, optimizer=self.adam, config=ds_config, dist_init_required=False
         )
         self.engine.train()
+        phases.done("DeepSpeed")
         self.grad_norm = 0.0
 
     def forward_backward(self, span: Span, scale: float, last: bool) -> Tensor:
@@ -216,7 +221,7 @@ class Engine:
         torch.set_default_dtype(self.dtype)
         try:
             with self._placement(plan.ds_config):
-                model = Llama(self.shape, plan.recompute)
+                model = Llama(self.shape, plan.keep_blocks)
                 inject(model, plan.lora, plan.train.seed, self.trained_dtype)
             model.lm_head.chunk_rows = plan.train.loss_tokens
             if plan.train.offload_activations:

@@ -22,13 +22,14 @@ from minilora.run.memory import (
     record_history,
     write_history,
 )
-from minilora.run.options import Option, advice, nearest
+from minilora.run.options import Option, advice, keeping, nearest
 from minilora.run.world import World
 
 
 class OutOfMemory(RunError):
     """An allocation failed on this rank. advice: lines to print below the message."""
 
+    told = True
     advice: tuple[str, ...] = ()
 
     def tell(self, world: World) -> None:
@@ -122,19 +123,26 @@ class Forecast:
 
 
 def foresee(
-    world: World, asked: tuple[Option, Mapping[str, Zero]], plan: Plan, schedule: Schedule
+    world: World,
+    asked: tuple[Option, Mapping[str, Zero]],
+    plan: Plan,
+    schedule: Schedule,
+    keeps_what_fits: bool,
 ) -> Forecast:
     """The plan with the lengths of the data, and what the fullest device has free. Collective.
 
-    asked: what the settings ask for, and the files that could serve.
+    asked: what the settings ask for, and the files that could serve; keeps_what_fits: then as many
+    blocks keep their activations as fit with some room to spare.
     """
     (option, files), on_gpu = asked, world.device.type == "cuda"
     setup = replace(
         option.setup,
         adapter=plan.lora,
-        step_tokens=most_tokens(schedule, world.size),
+        step_tokens=most_tokens(schedule, world.size, plan.checkpoint.shape.even_length),
         longest=int(schedule.lengths.max()),
         on_gpu=on_gpu,
     )
     free = min(world.gather_objects(free_memory(world.device, world.size)))
+    if keeps_what_fits:
+        setup = keeping(setup, free)
     return Forecast(Option(option.file, setup, budget(setup)), files, free)

@@ -46,6 +46,7 @@ class Job:
     lora: LoraShape
     start: State
     validation: Documents | None = None
+    even_length: float = math.inf  # of the model's shape
 
     @property
     def output(self) -> Path:
@@ -102,13 +103,13 @@ def probe(world: World, engine: Engine, job: Job) -> None:
     Validation keeps nothing for a backward, but may have longer documents. The optimizer's step is
     not tried, for it would move the weights; by the plan it needs less than what is tried.
     """
-    train, schedule = job.settings.train, job.schedule
+    train, schedule, even = job.settings.train, job.schedule, job.even_length
     limits = TileLimits(train.tile_tokens, train.gather_tokens)
-    span = worst_span(job.documents, most_tokens(schedule, world.size), limits)
+    span = worst_span(job.documents, most_tokens(schedule, world.size, even), limits)
     engine.forward_backward(span, 0.0, last=False)
     if job.validation is not None and train.eval_strategy != "no":
         whole = replace(schedule, lengths=job.validation.lengths, packing=False)
-        engine.score(worst_span(job.validation, most_tokens(whole, world.size), limits))
+        engine.score(worst_span(job.validation, most_tokens(whole, world.size, even), limits))
 
 
 def _batch(
@@ -120,7 +121,7 @@ def _batch(
         documents,
         rows,
         step=step,
-        place=Place(world.rank, world.size),
+        place=Place(world.rank, world.size, job.even_length),
         limits=TileLimits(train.tile_tokens, train.gather_tokens),
         seed=train.seed,
     )

@@ -48,14 +48,17 @@ def read_memory(device: torch.device) -> dict[str, float]:
 
 def free_memory(device: torch.device, processes: int) -> int:
     """Bytes that this process can have in all: of its GPU, or of the memory that the `processes`
-    of this machine share. What CUDA and NCCL hold already is among them.
+    of this machine or container share. What CUDA and NCCL hold already is among them.
     """
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         return min(total, free + CONTEXT + NCCL)
     lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
     (kib,) = (line.split()[1] for line in lines if line.startswith("MemAvailable:"))
-    return int(kib) * 1024 // processes
+    free, group = int(kib) * 1024, Path("/sys/fs/cgroup")
+    if (group / "memory.max").exists() and (most := (group / "memory.max").read_text()) != "max\n":
+        free = min(free, int(most) - int((group / "memory.current").read_text()))
+    return free // processes
 
 
 def record_history() -> None:

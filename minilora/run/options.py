@@ -14,6 +14,9 @@ TILES = (2048, 4096, 8192)
 GATHERS = (16384, 8192, 4096, 2048)
 LOSS = 256
 MARGIN = 0.95  # a recommendation leaves 5 % for what is only estimated
+# What a run leaves free by itself, on a CPU and on a GPU. A machine's memory is others' too, and it
+# may not swap; on a GPU context, NCCL and the allocator's slack are estimates until measured.
+SPARE = {False: 0.5, True: 0.15}
 
 
 @dataclass(frozen=True)
@@ -27,8 +30,9 @@ class Option:
     @property
     def blocks(self) -> str:
         """What becomes of the blocks' activations between forward and backward."""
-        kind = "offloaded" if self.setup.offload_activations else "recomputed"
-        return kind if self.setup.recompute else "kept"
+        setup, kind = self.setup, "offloaded" if self.setup.offload_activations else "recomputed"
+        keep, layers = setup.keep_blocks, setup.shape.num_layers
+        return kind if keep == 0 else "kept" if keep == layers else f"{keep} kept"
 
     def cost(self, other: Option) -> str:
         """What this costs in speed if it takes the place of `other`."""
@@ -39,8 +43,8 @@ class Option:
             return "every block comes over PCIe, twice a step"
         if mine.offload_activations and not theirs.offload_activations:
             return f"{moved / 1e9:.3g} GB a step over PCIe, beside the computation"
-        if mine.recompute and not theirs.recompute:
-            return "one more forward of each block, about a third more time"
+        if mine.keep_blocks < theirs.keep_blocks:
+            return f"one more forward of {theirs.keep_blocks - mine.keep_blocks} blocks"
         if more > 0:
             return f"{more / 1e9:.3g} GB more to gather a step, {more / 1e10:.2g} s at 80 Gbit/s"
         if self.file != other.file:
@@ -50,12 +54,15 @@ class Option:
     def changes(self, other: Option) -> list[str]:
         """The settings to write so that `other` becomes this."""
         mine, theirs = self.setup, other.setup
+        # Whichever of the two settings made the other keep all blocks.
+        all_kept = theirs.keep_blocks == theirs.shape.num_layers
+        blocks = "disable_gradient_checkpointing: false, " * all_kept + "keep_blocks"
         values = {
             "deepspeed": (self.file, other.file),
             "gather_tokens": (mine.gather_tokens, theirs.gather_tokens),
             "tile_tokens": (mine.tile_tokens, theirs.tile_tokens),
             "loss_tokens": (mine.loss_tokens, theirs.loss_tokens),
-            "disable_gradient_checkpointing": (not mine.recompute, not theirs.recompute),
+            blocks: (mine.keep_blocks, theirs.keep_blocks),
             "offload_activations": (mine.offload_activations, theirs.offload_activations),
             "cutoff_len": (mine.longest, theirs.longest),
         }
@@ -67,8 +74,9 @@ def options(asked: Option, files: Mapping[str, Zero]) -> list[Option]:
     setup, found = asked.setup, []
     gathers = {n for n in (setup.gather_tokens, *GATHERS) if n and n < setup.step_tokens}
     for file, zero in {asked.file: setup.zero, **files}.items():
-        for again, away in ((True, False), (True, True), (False, False)):
-            ways = replace(setup, zero=zero, recompute=again, offload_activations=away)
+        kept = {(keep, False) for keep in (0, setup.keep_blocks, setup.shape.num_layers)}
+        for keep, away in sorted({(0, True), *kept}):
+            ways = replace(setup, zero=zero, keep_blocks=keep, offload_activations=away)
             for gather in (None, *sorted(gathers, reverse=True)):
                 for tile in sorted({*TILES, setup.tile_tokens}):
                     if gather is None or gather >= tile:  # as the settings demand
@@ -83,10 +91,25 @@ def best(found: Sequence[Option], limit: int) -> Option | None:
     def cost(option: Option) -> tuple[float, ...]:
         setup, needs = option.setup, option.budget
         moved = (setup.zero.offload_param, needs.gathered)
-        again = (setup.recompute, setup.offload_activations, setup.spans)
+        again = (-setup.keep_blocks, setup.offload_activations, setup.spans)
         return (*moved, *again, abs(setup.tile_tokens - TILES[0]), needs.total)
 
     return min((o for o in found if o.budget.total <= MARGIN * limit), key=cost, default=None)
+
+
+def keeping(setup: Setup, limit: int) -> Setup:
+    """The same step with the most blocks that can keep their activations and leave SPARE free.
+
+    Where weights are not gathered, a step in spans of a tile each costs nothing; it is cut if more
+    blocks can be kept then, and gather_tokens is left to us.
+    """
+    ways = [setup]
+    if setup.gather_tokens is None and (setup.zero.stage < 3 or setup.ranks == 1):
+        ways.append(replace(setup, gather_tokens=setup.tile_tokens))
+    counts = range(setup.shape.num_layers, 0, -1)
+    tried = (replace(way, keep_blocks=keep) for keep in counts for way in ways)
+    most = (1 - SPARE[setup.on_gpu]) * limit
+    return next((way for way in tried if budget(way).total <= most), setup)
 
 
 def nearest(asked: Option, files: Mapping[str, Zero], limit: int) -> list[Option]:
@@ -133,8 +156,8 @@ def advice(asked: Option, files: Mapping[str, Zero], phase: str, limit: int) -> 
         "gather_tokens": powers(setup.tile_tokens, setup.span),
         "tile_tokens": powers(128, setup.tile),
         "loss_tokens": powers(64, min(setup.loss_tokens, setup.span)),
-        "recompute": [True] * (not setup.recompute),
-        "offload_activations": [True] * (setup.recompute and not setup.offload_activations),
+        "keep_blocks": [0] * (setup.keep_blocks > 0),
+        "offload_activations": [True] * (setup.keep_blocks == 0 and not setup.offload_activations),
     }
     tries = [
         [(asked.file, replace(setup, **{key: value})) for value in values]

@@ -8,6 +8,7 @@ import functools
 import math
 from dataclasses import dataclass
 
+from minilora.config import RequestError, Settings
 from minilora.model.lora_shape import WHOLE, LoraShape
 from minilora.model.shape import LlamaShape
 from minilora.run.gathers import Zero
@@ -18,7 +19,8 @@ class Setup:
     """All that the memory of one rank depends on; the names are those of the settings.
 
     step_tokens: most tokens of a rank in an optimizer step; longest: most in one document;
-    on_gpu: False counts the CPU's attention, which copies more.
+    keep_blocks: blocks, the last ones, whose activations are kept; on_gpu: False counts the CPU's
+    attention, which copies more.
     """
 
     shape: LlamaShape
@@ -26,7 +28,7 @@ class Setup:
     ranks: int
     adapter: LoraShape
     bf16: bool
-    recompute: bool
+    keep_blocks: int
     tile_tokens: int
     gather_tokens: int | None
     loss_tokens: int
@@ -83,8 +85,8 @@ class Setup:
         """Elements that autograd keeps per token: of attention, of the MLP with the second norm.
 
         Attention: its normed input, q, k, v, output and a sum per head (fp32). The MLP: its input,
-        the same normed, gate, silu(gate), up and their product. A LoRA pair: its R numbers, with
-        dropout its masked input and the mask, with DoRA its output before it is scaled.
+        the same normed, gate, up and silu(gate) x up. A LoRA pair: its R numbers, with dropout its
+        masked input and the mask, with DoRA its output before it is scaled.
         """
         (d, f, q, k), sizes, lora = self.features, self.shape.linear_shapes(), self.lora
         dropout, dora = self.adapter.dropout > 0, self.adapter.use_dora
@@ -96,7 +98,7 @@ class Setup:
             if f"{name} lora_A" in lora
         }
         of_attention = sum(size for name, size in pairs.items() if name[0] in "qkvo")
-        return attention + of_attention, 2 * d + 4 * f + sum(pairs.values()) - of_attention
+        return attention + of_attention, 2 * d + 3 * f + sum(pairs.values()) - of_attention
 
 
 @functools.cache
@@ -108,3 +110,38 @@ def _of_a_block(adapter: LoraShape, shape: LlamaShape) -> tuple[tuple[str, int],
             kind = " ".join(path.split(".")[-2:])
             largest[kind] = max(largest.get(kind, 0), math.prod(size))
     return tuple(largest.items())
+
+
+def kept_blocks(settings: Settings, shape: LlamaShape) -> int:
+    """Blocks that keep their activations by the settings alone; 0 where what fits is kept.
+
+    Raises RequestError for more than there are.
+    """
+    layers, asked = shape.num_layers, settings.train.keep_blocks or 0
+    if asked > layers:
+        name = settings.name_of("keep_blocks")
+        raise RequestError([f"{name}: {asked}; the model has {layers} blocks"])
+    return layers if settings.model.disable_gradient_checkpointing else asked
+
+
+def setup_of(settings: Settings, shape: LlamaShape, zero: Zero, ranks: int) -> Setup:
+    """What the settings mean for one rank at worst: every document cutoff_len tokens long.
+
+    Raises RequestError for an adapter that does not fit the model, or more blocks than it has.
+    """
+    train, longest = settings.train, settings.data.cutoff_len
+    documents = train.per_device_train_batch_size * train.gradient_accumulation_steps
+    return Setup(
+        shape=shape,
+        zero=zero,
+        ranks=ranks,
+        adapter=LoraShape.of(settings.method, shape),
+        bf16=train.bf16 is not False,
+        keep_blocks=kept_blocks(settings, shape),
+        tile_tokens=train.tile_tokens,
+        gather_tokens=train.gather_tokens,
+        loss_tokens=train.loss_tokens,
+        offload_activations=train.offload_activations,
+        step_tokens=documents * longest,
+        longest=longest,
+    )
