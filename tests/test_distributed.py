@@ -11,13 +11,12 @@ from typing import Any
 import pytest
 import torch
 from merging import merge
-from runs import Ground, adapter, costs, log, run_jobs, stage_file
+from runs import Ground, adapter, costs, family, log, run_jobs, stage_file
 from safetensors.torch import load_file
 from torch import Tensor
 
 from minilora.files.weights import read_checkpoint
 
-BF16 = [(stage, True) for stage in (0, 2, 3)]
 Jobs = dict[str, dict[str, Any]]
 
 
@@ -74,30 +73,6 @@ def two_ranks(ground: Ground, launch: Callable[..., tuple[int, str]]) -> Jobs:
     (ground.folder / "monitored.json").write_text(json.dumps(monitored), encoding="utf-8")
     jobs["bf16"]["deepspeed"] = str(ground.folder / "monitored.json")
     run_jobs(launch, 2, list(jobs.values()))
-    return jobs
-
-
-def family(common: dict[str, Any], folder: Path) -> Jobs:
-    """New adapters: plain, and all of the LoRA family at once at several stages, in spans."""
-    new = {**common, "adapter_name_or_path": "null", "gradient_accumulation_steps": 4}
-    jobs = {"new": new}
-    every = {
-        "use_dora": True,
-        "use_rslora": True,
-        "loraplus_lr_ratio": 4,
-        "rank_pattern": '{"v_proj": 3}',
-        "additional_target": "lm_head,embed_tokens",
-        "lora_dropout": 0.2,
-        "tile_tokens": 100,
-        "gather_tokens": 300,
-        "loss_tokens": 16,
-    }
-    for stage, bf16 in [(0, False), (1, False), (2, False), (3, False), *BF16]:
-        stage_json = str(stage_file(folder, stage))
-        jobs[f"family {stage} {bf16}"] = {**new, **every, "bf16": bf16, "deepspeed": stage_json}
-    one_tile = {**every, "tile_tokens": 4096, "gather_tokens": 10**6}
-    for keep in (False, True):
-        jobs[f"family keep {keep}"] = {**new, **one_tile, "disable_gradient_checkpointing": keep}
     return jobs
 
 
