@@ -160,3 +160,35 @@ def variant_shape(shape: LlamaShape, fields: dict[str, Any]) -> LoraShape:
     """The adapter of the runs, and what a variant changes of it."""
     usual = {"rank": RANK, "alpha": ALPHA, "dropout": 0.0, "targets": tuple(shape.linear_shapes())}
     return LoraShape(**{**usual, **fields})
+
+
+def family(common: dict[str, Any], folder: Path) -> dict[str, dict[str, Any]]:
+    """New adapters: plain, and all of the LoRA family at once at several stages, in spans."""
+    new = {**common, "adapter_name_or_path": "null", "gradient_accumulation_steps": 4}
+    jobs = {"new": new}
+    every = {
+        "use_dora": True,
+        "use_rslora": True,
+        "loraplus_lr_ratio": 4,
+        "rank_pattern": '{"v_proj": 3}',
+        "additional_target": "lm_head,embed_tokens",
+        "lora_dropout": 0.2,
+        "tile_tokens": 100,
+        "gather_tokens": 300,
+        "loss_tokens": 16,
+    }
+    for stage, bf16 in [
+        (0, False),
+        (1, False),
+        (2, False),
+        (3, False),
+        (0, True),
+        (2, True),
+        (3, True),
+    ]:
+        stage_json = str(stage_file(folder, stage))
+        jobs[f"family {stage} {bf16}"] = {**new, **every, "bf16": bf16, "deepspeed": stage_json}
+    one_tile = {**every, "tile_tokens": 4096, "gather_tokens": 10**6}
+    for keep in (False, True):
+        jobs[f"family keep {keep}"] = {**new, **one_tile, "disable_gradient_checkpointing": keep}
+    return jobs

@@ -267,6 +267,16 @@ def test_settings_name_the_layers_as_peft_does(tiny: Path, target: tuple[str, ..
     assert set(theirs.values()) == {3, 9}
 
 
+def test_the_order_of_patterns_is_kept_on_disk(tiny: Path, tmp_path: Path) -> None:
+    shape = read_checkpoint(tiny).shape
+    patterns = {"q_proj": 2, r".*_proj": 3}  # sorted, the second would win
+    lora = LoraShape(4, 8, 0.0, ("q_proj", "v_proj"), rank_pattern=patterns)
+    write_adapter(tmp_path, {}, lora, tiny)
+    read = read_adapter_shape(tmp_path, shape, 0.0)
+    assert read.layers(shape) == lora.layers(shape)
+    assert {layer.rank for layer in lora.layers(shape).values()} == {2, 3}
+
+
 def test_a_tied_head_is_not_trained_alone(tiny_tied: Path) -> None:
     shape = read_checkpoint(tiny_tied).shape
     with pytest.raises(RequestError, match="additional_target: this checkpoint ties lm_head"):

@@ -21,6 +21,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from minilora.files.weights import INDEX, read_checkpoint
 from minilora.tiny import TinyShape, write_tiny
 
+DORA_AND_HEAD = {"use_dora": True, "modules_to_save": ["lm_head"]}
+
 
 @pytest.fixture(params=["plain", "tied"])
 def base(request: pytest.FixtureRequest, tiny: Path, tiny_tied: Path) -> Path:
@@ -162,11 +164,15 @@ def test_what_no_adapter_touches_is_the_same_to_the_byte(base: Path, tmp_path: P
     AutoTokenizer.from_pretrained(merged)
 
 
-def test_one_file_of_large_tensors_without_an_index(tiny: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("more", [{}, DORA_AND_HEAD], ids=["lora", "dora and head"])
+def test_one_file_of_large_tensors_without_an_index(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: dict[str, Any]
+) -> None:
+    monkeypatch.setattr("minilora.files.export.CHUNK", 2**18)  # the head has 2**20 bytes
     folder = tmp_path / "base"
     shape = TinyShape(hidden=512, intermediate=5000, layers=1, dtype="float32", shard_bytes=10**9)
     write_tiny(folder, shape)  # its MLP is merged in several chunks
-    adapter = make(folder, tmp_path / "adapter", **PLAIN)
+    adapter = make(folder, tmp_path / "adapter", **PLAIN, **more)
     (tmp_path / "merged").mkdir()
     assert merge(folder, adapter, tmp_path / "merged") == 0
     names = {path.name for path in folder.iterdir()}

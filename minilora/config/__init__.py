@@ -5,32 +5,14 @@ ours the help text says so.
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import Field, dataclass, field
 from typing import Any
 
+from minilora.config.errors import RequestError as RequestError
+from minilora.config.errors import RunError as RunError
+from minilora.config.errors import shortened as shortened
 from minilora.config.fields import setting, value_problems
-
-
-class RequestError(Exception):
-    """The request is wrong (settings, data or weights): exit code 2, with every problem found."""
-
-    def __init__(self, problems: Sequence[str]) -> None:
-        assert not isinstance(problems, str), "a list of problems, not one string"
-        super().__init__("\n".join(problems))
-        self.problems = tuple(problems)
-
-
-def shortened(problems: Sequence[str], most: int = 5) -> list[str]:
-    """The first of many problems of one kind, and how many more there are."""
-    more = len(problems) - most
-    return [*problems[:most], *([f"... and {more} more like the last one"] if more > 0 else [])]
-
-
-class RunError(Exception):
-    """Something happened in the run: exit code 1, with what happened and the next step."""
-
-    told = False  # whether it has been printed already
 
 
 # A table: a line or two for each setting.

@@ -6,7 +6,7 @@ import logging
 import math
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
@@ -123,11 +123,8 @@ class Engine:
         if self.engine.optimizer is self.adam:  # stage 0 in fp32: DeepSpeed keeps no norm
             grads = [p.grad for _, p in lora_parameters(self.model) if p.grad is not None]
             self.grad_norm = float(nn.utils.get_total_norm(grads))
-            self._check_norm()
-            self.engine.step()
-        else:
-            self.engine.step()
-            self._check_norm()
+        self.engine.step()  # AdamW's hook checks the norm first
+        self._check_norm()
         return self.grad_norm
 
     def monitor(self, step: int, values: Mapping[str, float]) -> None:
@@ -217,10 +214,13 @@ class Engine:
 
     def _build(self, plan: Plan) -> Llama:
         """The model with empty weights: partitioned as it is made at stage 3, whole otherwise."""
+        place: Any = self.world.device
+        if self.stage == 3:  # the dtype from the file: on a CPU zero.Init misreads the argument
+            place = _Partitioned(config_dict_or_path=plan.ds_config, mem_efficient_linear=False)
         default = torch.get_default_dtype()
         torch.set_default_dtype(self.dtype)
         try:
-            with self._placement(plan.ds_config):
+            with place:
                 model = Llama(self.shape, plan.keep_blocks)
                 inject(model, plan.lora, plan.train.seed, self.trained_dtype)
             model.lm_head.chunk_rows = plan.train.loss_tokens
@@ -229,12 +229,6 @@ class Engine:
         finally:
             torch.set_default_dtype(default)
         return model
-
-    def _placement(self, ds_config: dict[str, Any]) -> AbstractContextManager[Any]:
-        if self.stage < 3:
-            return torch.device(self.world.device)
-        # The dtype comes from the file's bf16 section: on a CPU zero.Init misreads the argument.
-        return _Partitioned(config_dict_or_path=ds_config, mem_efficient_linear=False)
 
     def _magnitudes(self) -> dict[str, Tensor]:
         """Where DoRA's magnitudes start: the norms of the weights' rows, in fp32. Collective."""
