@@ -186,7 +186,7 @@ def test_the_levers_need_what_the_plan_says(
         return re.findall(r"fullest.* (\S+) GiB", says(*changes))[0]
 
     levers = re.findall(r"^\| `(--[^`]+)` \| ([\d.]+) \|", text, re.MULTILINE)
-    assert len(levers) == 11
+    assert len(levers) == 12
     for change, told in [
         ("", re.findall(r"^\| as it is \| (\S+)", text, re.MULTILINE)[0]),
         *levers,

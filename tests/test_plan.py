@@ -239,23 +239,23 @@ def test_the_articles_sums() -> None:
 
 def test_blocks_are_kept_while_they_fit() -> None:
     """One token has 160 KB of activations in a block, so a step of 32,768 tokens 5.2 GB."""
-    for gib, expected in ((4, 0), (16, 0), (24, 1), (48, 5), (200, 32)):
-        limit, step = gib * 2**30, {"step_tokens": 32768, "lora_rank": 16}
-        way = keeping(article(**step), limit)
+    for gib, expected in ((4, 0), (16, 0), (24, 1), (48, 6), (200, 32)):
+        limit = gib * 2**30
+        way = keeping(article(rank=16, step_tokens=32768), limit)
         assert (way.keep_blocks, way.gather_tokens) == (expected, None)
-        assert budget(way).total <= 0.95 * limit or expected == 0
+        assert budget(way).total <= 0.85 * limit or expected == 0
         more = replace(way, keep_blocks=min(expected + 1, 32))
-        assert budget(more).total > 0.95 * limit or expected == 32
+        assert budget(more).total > 0.85 * limit or expected == 32
     assert keeping(article(step_tokens=2048), 24 * 2**30).keep_blocks == 32
 
 
 def test_where_nothing_is_gathered_the_step_is_cut_so_that_more_blocks_are_kept() -> None:
-    limit, alone = 80 * 2**30, article(step_tokens=32768, lora_rank=16, ranks=1)
+    limit, alone = 80 * 2**30, article(rank=16, step_tokens=32768, ranks=1)
     way = keeping(alone, limit)
-    assert (way.keep_blocks, way.gather_tokens) == (32, 4096)
-    assert budget(replace(alone, keep_blocks=12)).total > limit
+    assert (way.keep_blocks, way.gather_tokens) == (32, 2048)
+    assert budget(replace(alone, keep_blocks=13)).total > limit
     given = keeping(replace(alone, gather_tokens=32768), limit)
-    assert given.gather_tokens == 32768 and 0 < given.keep_blocks < 12
+    assert given.gather_tokens == 32768 and 0 < given.keep_blocks < 13
 
 
 def test_the_longest_document_is_the_longest() -> None:

@@ -85,7 +85,9 @@ def budget(setup: Setup) -> Budget:
     always = sum(term.bytes for term in static)
     # The optimizer's temporaries: the gradient in fp32 and two of AdamW's.
     states = sum(term.bytes for term in static if term.part == "optimizer states")
-    saving = 2 * 4 * max(setup.lora.values(), default=0)  # a matrix in fp32, gathered and whole
+    saving = (
+        2 * 4 * max([*setup.lora.values(), *setup.whole.values()], default=0)
+    )  # a matrix in fp32, gathered and whole
     phases, most = {"step": always + states, "save": always + saving}, 0
     fullest, live = "", list[Term]()
     for moment in gathers.moments:
@@ -161,7 +163,7 @@ def _at(setup: Setup, moment: Moment) -> Iterator[tuple[str, list[Term]]]:
     Counted are blocks whose inputs are saved (offloaded, the first one's and those on their way
     back), blocks whose activations are, and hidden states (N, D): outputs and gradients.
     """
-    module, away = moment.module, setup.offload_activations
+    module, away, on_gpu = moment.module, setup.offload_activations, setup.on_gpu
     first = setup.shape.num_layers - setup.keep_blocks  # of those that keep their activations
     block = setup.shape.num_layers if module.block is None else module.block
     inputs, kept = min(block, first), max(0, block - first)
@@ -181,6 +183,8 @@ def _at(setup: Setup, moment: Moment) -> Iterator[tuple[str, list[Term]]]:
         yield "recompute", _live(setup, moment, saved, 6)  # no fused kernel
     elif module.name != "embedding" and (moment.backward or module.name == "norm"):
         yield "gather", _live(setup, moment, saved, 3 if module.name == "head" else 2)
+        if module.name == "head":  # labelled rows, their gradient twice; the CPU's norm keeps one
+            yield "recompute", _live(setup, moment, saved, 5 - on_gpu)
     else:
         yield "embedding" if moment.backward else "gather", _live(setup, moment, (0, 0), 1)
 
