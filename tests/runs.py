@@ -125,7 +125,7 @@ def check_loading(job: dict[str, Any], ranks: int) -> None:
 def stage_file(folder: Path, stage: int) -> Path:
     """A DeepSpeed file whose limits bind at the tiny model's size: about one block is held."""
     path = folder / f"stage{stage}.json"
-    section: dict[str, Any] = {"stage": stage}
+    section: dict[str, Any] = {"stage": stage, "reduce_bucket_size": 5000}
     if stage == 3:
         section |= {
             "stage3_param_persistence_threshold": 600,

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from merging import PATTERNS, PLAIN, STABILISED, logits, make, merge, model_of, tensors_of
+from merging import PATTERNS, PLAIN, STABILISED, TARGETS, logits, make, merge, model_of, tensors_of
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
@@ -36,6 +37,11 @@ def test_an_exported_adapter_needs_no_more_than_one_rank_and_one_alpha(
     config = json.loads((tmp_path / "exported/adapter_config.json").read_text(encoding="utf-8"))
     assert config["rank_pattern"] == config["alpha_pattern"] == {} and not config["use_rslora"]
     held = load_file(tmp_path / "exported/adapter_model.safetensors")
+    # What vLLM asks of an adapter: no other method, and no tensor but pairs of linear layers.
+    assert config["bias"] == "none" and not config["use_dora"] and not config["modules_to_save"]
+    known = re.compile(rf"base_model\.model\.model\.layers\.\d+\.\w+\.({'|'.join(TARGETS)})"
+                       r"\.lora_[AB]\.weight")  # fmt: skip
+    assert all(known.fullmatch(name) for name in held)
     old, new = tensors_of(base), tensors_of(tmp_path / "merged")
     for name in new:  # as a server reads it
         layer = f"base_model.model.{name.removesuffix('.weight')}"

@@ -168,7 +168,7 @@ ADAPTER: dict[str, tuple[Break, list[str]]] = {
     "endless strength": (adapter(lora_alpha=1e999), ["lora_alpha is inf; a positive number"]),
     "another kind": (adapter(peft_type="IA3"), ["peft_type is 'IA3', not LORA"]),
     "DoRA": (adapter(use_dora=True), ["lora_magnitude_vector is missing"]),
-    "quantized": (adapter(use_qalora=True), ["use_qalora = True is another method"]),
+    "quantized": (adapter(use_qalora=True), ["use_qalora = True is not read here"]),
     "PiSSA": (adapter(init_lora_weights="pissa"), ["convert the adapter to plain LoRA"]),
     "more layers": (adapter(target_modules=["q_proj", "v_proj", "k_proj"]), ["k_proj.lora_A"]),
     "a pattern": (adapter(target_modules="all-linear"), ["'all-linear' matches the whole path of"]),

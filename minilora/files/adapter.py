@@ -26,6 +26,7 @@ PREFIX = "base_model.model."
 OTHER_METHODS = (
     *("use_qalora", "alora_invocation_tokens", "lora_bias", "fan_in_fan_out", "exclude_modules"),
     *("trainable_token_indices", "target_parameters", "layer_replication", "use_bdlora"),
+    *("velora_config", "monteclora_config", "arrow_config", "kasa_config"),
 )
 # What a tokenizer consists of; kept beside the adapter so that it serves what was trained.
 TOKENIZER_FILES = (
@@ -96,6 +97,8 @@ def read_adapter_shape(folder: Path, model: LlamaShape, dropout: float) -> LoraS
         raise RequestError([f"{folder / CONFIG}: {problem}" for problem in problems])
     if only:
         paths = tuple(path for path in lora.layers(model) if int(path.split(".")[2]) in only)
+        if not paths:
+            raise RequestError([f"{folder / CONFIG}: layers_to_transform = {only} names no layer"])
         lora = replace(lora, targets=paths)
     return lora
 
@@ -110,7 +113,7 @@ def _config_problems(config: Mapping[str, Any]) -> Iterator[str]:
         yield f"peft_type is {config.get('peft_type')!r}, not LORA"
     for key in OTHER_METHODS:
         if config.get(key):
-            yield f"{key} = {config[key]!r} is another method than LoRA, rsLoRA and DoRA"
+            yield f"{key} = {config[key]!r} is not read here; LoRA, rsLoRA and DoRA are"
     if config.get("bias") not in (None, "none"):
         yield f"bias = {config['bias']!r}: trained biases are not read"
     start = config.get("init_lora_weights", True)
