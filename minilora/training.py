@@ -103,11 +103,14 @@ def run_in(world: World, settings: Settings, plan: Plan, phases: Phases) -> None
         engine = Engine(world, plan, phases)
         if snapshot is not None:
             engine.restore(saved, start.step)
-            notes = [f"going on from {snapshot}, step {start.step} ({start.info})", *notes]
+            was = f"{start.info['ranks']} ranks, ZeRO-{start.info['stage']}"
+            found = [f"going on from {snapshot}, step {start.step} ({was})"]
+            notes = [*found, *start.info.get("notes", ()), *notes]
         if world.rank == 0:
             lines = (*settings.notices, *notes, *_facts(world, engine, plan, schedule), str(phases))
             print(*lines, sep="\n", file=sys.stderr, flush=True)
-        info = {"ranks": world.size, "stage": engine.stage, "version": __version__}
+        info = {"ranks": world.size, "stage": engine.stage, "settings": settings.to_dict()}
+        info["versions"] = {"minilora": __version__, "torch": torch.__version__}
         totals = Totals(**start.totals)
         with Report(options, schedule.total_steps, world.rank == 0, totals) as report:
             start = replace(start, info=info)

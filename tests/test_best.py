@@ -162,16 +162,16 @@ def test_what_is_left_of_the_best_when_going_on(tmp_path: Path) -> None:
         (old / f"checkpoint-{step}").mkdir(parents=True)
         (old / f"checkpoint-{step}" / WEIGHTS).touch()
     best = Best(["eval_loss", False, "d"], 2, 0.5, str(old / "checkpoint-2"), since=1, due=True)
-    assert best_before(train, vars(best), "d", old / "checkpoint-4") == (best, {})
+    assert best_before(train, vars(best), "d", old / "checkpoint-4") == (best, [])
     fresh = Best(["eval_loss", False, "other"], due=True)
     found, note = best_before(train, vars(best), "other", old / "checkpoint-4")
-    assert found == fresh and "the metric or the validation data changed" in note["best"]
+    assert found == fresh and "the metric or the validation data changed" in note[0]
     shutil.move(old, moved)
     found, _ = best_before(train, vars(best), "d", moved / "checkpoint-4")
     assert found.folder == str(moved / "checkpoint-2") and found.since == 1
     shutil.rmtree(moved / "checkpoint-2")
     found, note = best_before(train, vars(best), "d", moved / "checkpoint-4")
-    assert found.step == 0 and "is not there any more" in note["best"]
+    assert found.step == 0 and "is not there any more" in note[0]
 
 
 def problems(*words: str) -> list[str]:

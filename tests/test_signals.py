@@ -62,7 +62,9 @@ def launched(ground: Ground) -> Iterator[dict[str, Launched]]:
         ("torchrun", "torchrun", "launcher", 1),
         ("nobody reads", "python", "launcher", 128 + signal.SIGTERM),
     ):
+        # Snapshots of adapters alone, but for the one of a signal: it is there to go on from.
         changes = {"max_steps": 10**6, "save_steps": 10**6, "per_device_train_batch_size": 1,
+                   "save_only_model": True,
                    "deepspeed": str(stage_file(ground.folder, 3))}  # fmt: skip
         job = ground.job(f"signal-{launcher}-{target}", "tiny", **changes)
         words = ["-m", "minilora.train", *(f"--{key}={value}" for key, value in job.items())]

@@ -34,7 +34,7 @@ class State:
 
     step: optimizer steps done; rows: documents consumed since the start, all epochs together;
     totals: sums of the log; same: settings and fingerprints that must not change, by name;
-    info: what may change, for people (ranks, stage, versions); best: a run.best.Best.
+    info: what may change, for people (ranks, stage, settings, versions); best: a run.best.Best.
     """
 
     step: int

@@ -45,7 +45,7 @@ class Best:
 
 def best_before(
     train: TrainSettings, saved: dict[str, Any], digest: str, snapshot: Path | None
-) -> tuple[Best, dict[str, str]]:
+) -> tuple[Best, list[str]]:
     """The best so far of a run that starts, and what its user should know of it.
 
     saved: the Best in the snapshot that it goes on from, or empty. digest: of the validation
@@ -54,17 +54,17 @@ def best_before(
     """
     fresh = Best(by=[*train.judged_by, digest])
     if not saved or snapshot is None or train.eval_strategy == "no":
-        return fresh, {}
+        return fresh, []
     best = Best(**saved)
     fresh = replace(fresh, due=best.due)
     if not best.step:
-        return fresh, {}
+        return fresh, []
     if best.by != fresh.by:
-        return fresh, {"best": "looked for anew: the metric or the validation data changed"}
+        return fresh, ["the best is looked for anew: the metric or the validation data changed"]
     beside = snapshot.parent / Path(best.folder).name
     for folder in (Path(best.folder), beside):
         if (folder / WEIGHTS).is_file():
-            return replace(best, folder=str(folder.resolve())), {}
+            return replace(best, folder=str(folder.resolve())), []
     if train.load_best_model_at_end:
-        return fresh, {"best": f"looked for anew: {best.folder} is not there any more"}
-    return best, {}
+        return fresh, [f"the best is looked for anew: {best.folder} is not there any more"]
+    return best, []

@@ -88,7 +88,7 @@ def train(world: World, engine: Engine, job: Job, report: Report) -> Best:
             better = train.load_best_model_at_end and best.step == step + 1
             if number or better or _is_due(job, step, train.save_strategy, train.save_steps):
                 state = replace(state, totals=vars(report.totals), best=vars(best))
-                snapshot(world, engine, job, state)
+                snapshot(world, engine, job, state, stopping=number > 0)
             if number:
                 name = signal.Signals(number).name
                 raise Stopped(number, f"{name}: stopped after step {step + 1}")
@@ -201,11 +201,14 @@ def evaluate(world: World, engine: Engine, job: Job) -> dict[str, float]:
     return {"eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700)), "eval_accuracy": right}
 
 
-def snapshot(world: World, engine: Engine, job: Job, state: State) -> None:
-    """Write checkpoint-N on rank 0 and delete the oldest. Collective; raises RunError."""
+def snapshot(world: World, engine: Engine, job: Job, state: State, stopping: bool = False) -> None:
+    """Write checkpoint-N on rank 0 and delete the oldest. Collective; raises RunError.
+
+    stopping: this one is to be gone on from, whatever save_only_model says of the others.
+    """
     train = job.settings.train
     adapter = dict(engine.trained_tensors())
-    moments = {} if train.save_only_model else dict(engine.moments())
+    moments = dict(engine.moments()) if stopping or not train.save_only_model else {}
 
     def write() -> None:
         folder = write_snapshot(job.output, state, adapter, moments, job.lora, job.base)

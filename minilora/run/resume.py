@@ -40,8 +40,8 @@ def start_of(
     output = Path(settings.train.output_dir)
     folder = find_snapshot(output, settings.train.resume_from_checkpoint)
     state = State(0, 0, {}, same, {}) if folder is None else read_state(folder)
-    best, note = best_before(settings.train, state.best, validation.fingerprint(), folder)
-    state = replace(state, best=vars(best), info=state.info | note)
+    best, notes = best_before(settings.train, state.best, validation.fingerprint(), folder)
+    state = replace(state, best=vars(best), info={**state.info, "notes": notes})
     if folder is None:
         return None, state, {}
     problems = differences(state, same, folder)
