@@ -190,5 +190,5 @@ def family(common: dict[str, Any], folder: Path) -> dict[str, dict[str, Any]]:
         jobs[f"family {stage} {bf16}"] = {**new, **every, "bf16": bf16, "deepspeed": stage_json}
     one_tile = {**every, "tile_tokens": 4096, "gather_tokens": 10**6}
     for keep in (False, True):
-        jobs[f"family keep {keep}"] = {**new, **one_tile, "disable_gradient_checkpointing": keep}
+        jobs[f"family keep {keep}"] = {**new, **one_tile, "keep_blocks": 2 * keep}
     return jobs

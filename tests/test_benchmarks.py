@@ -61,7 +61,10 @@ def test_the_gpu_command_runs_on_a_cpu(tmp_path: Path) -> None:
 
 
 def test_the_next_block_is_gathered_while_one_computes() -> None:
-    """From before it begins until after it ends, in both directions; without prefetching never."""
+    """From before it begins until after it ends, in both directions; without prefetching never.
+
+    But for the first block of backward: the limit of two blocks has no room beside the head.
+    """
     for words, blocks in ([], 3), (["--no_prefetch"], 0):
         command = [sys.executable, "-m", "benchmarks.overlap", *words]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
@@ -70,7 +73,8 @@ def test_the_next_block_is_gathered_while_one_computes() -> None:
         assert found["of"] == 3
         for direction in ("forward", "backward"):
             for end in ("begins", "ends"):
-                assert found[f"as {direction} {end}"] == blocks, found
+                late = direction == "backward" and blocks > 0
+                assert found[f"as {direction} {end}"] == blocks - late, found
 
 
 def player(folder: Path, name: str, loss: float, grad: torch.Tensor) -> Player:

@@ -85,9 +85,7 @@ def budget(setup: Setup) -> Budget:
     always = sum(term.bytes for term in static)
     # The optimizer's temporaries: the gradient in fp32 and two of AdamW's.
     states = sum(term.bytes for term in static if term.part == "optimizer states")
-    saving = (
-        2 * 4 * max([*setup.lora.values(), *setup.whole.values()], default=0)
-    )  # a matrix in fp32, gathered and whole
+    saving = 8 * max(*setup.lora.values(), *setup.whole.values(), 0, 0)  # fp32, gathered and whole
     phases, most = {"step": always + states, "save": always + saving}, 0
     fullest, live = "", list[Term]()
     for moment in gathers.moments:

@@ -39,17 +39,19 @@ class Option:
         mine, theirs = self.setup, other.setup
         more = self.budget.gathered - other.budget.gathered
         moved = 2 * mine.shape.num_layers * mine.step_tokens * mine.shape.hidden_size * mine.size
+        costs = []
         if mine.zero.offload_param and not theirs.zero.offload_param:
-            return "every block comes over PCIe, twice a step"
+            costs.append("every block comes over PCIe, twice a step")
         if mine.offload_activations and not theirs.offload_activations:
-            return f"{moved / 1e9:.3g} GB a step over PCIe, beside the computation"
+            costs.append(f"{moved / 1e9:.3g} GB a step over PCIe, beside the computation")
         if mine.keep_blocks < theirs.keep_blocks:
-            return f"one more forward of {theirs.keep_blocks - mine.keep_blocks} blocks"
-        if more > 0:
-            return f"{more / 1e9:.3g} GB more to gather a step, {more / 1e10:.2g} s at 80 Gbit/s"
-        if self.file != other.file:
-            return "nothing: no more is gathered"
-        return "a little: smaller matrix products, and more of them"
+            costs.append(f"one more forward of {theirs.keep_blocks - mine.keep_blocks} blocks")
+        if more > 0 and not costs:
+            seconds = more / 1e10
+            costs.append(f"{more / 1e9:.3g} GB more to gather a step, {seconds:.2g} s at 80 Gbit/s")
+        if not costs and self.file != other.file:
+            costs.append("nothing: no more is gathered")
+        return " and ".join(costs) or "a little: smaller matrix products, and more of them"
 
     def changes(self, other: Option) -> list[str]:
         """The settings to write so that `other` becomes this."""
@@ -142,7 +144,7 @@ def advice(asked: Option, files: Mapping[str, Zero], phase: str, limit: int) -> 
     """The three changes of one setting that save most in a phase, then those that save elsewhere.
 
     Of each setting the mildest value is taken that brings it a tenth below the limit and below
-    what was planned, if one does.
+    what was planned, if one does. Kept activations are given up before anything else is.
     """
 
     def powers(least: int, below: int) -> list[int]:
@@ -152,17 +154,19 @@ def advice(asked: Option, files: Mapping[str, Zero], phase: str, limit: int) -> 
         return option.budget.phases.get(phase, option.budget.total)
 
     setup, goal = asked.setup, 0.9 * min(limit, there(asked))
+    bare, layers = replace(setup, keep_blocks=0), setup.keep_blocks
     smaller: dict[str, list[Any]] = {  # mildest first
         "gather_tokens": powers(setup.tile_tokens, setup.span),
         "tile_tokens": powers(128, setup.tile),
         "loss_tokens": powers(64, min(setup.loss_tokens, setup.span)),
-        "keep_blocks": [0] * (setup.keep_blocks > 0),
-        "offload_activations": [True] * (setup.keep_blocks == 0 and not setup.offload_activations),
+        "offload_activations": [True] * (not setup.offload_activations),
     }
     tries = [
-        [(asked.file, replace(setup, **{key: value})) for value in values]
+        [(asked.file, replace(bare, **{key: value})) for value in values]
         for key, values in smaller.items()
     ]
+    fewer = dict.fromkeys((3 * layers // 4, layers // 2, layers // 4) if layers else ())
+    tries += [[(asked.file, replace(setup, keep_blocks=keep)) for keep in fewer]]
     tries += [[(name, replace(setup, zero=zero))] for name, zero in files.items()]
     saving = list[tuple[int, int, Option]]()
     for tried in tries:
