@@ -21,11 +21,12 @@ LAST_WORDS = 20
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command. Returns 0 done, 1 the run failed, 2 the request is wrong, 128 + signal."""
     try:
-        with stopping_at_once():
-            settings = read_settings(sys.argv[1:] if argv is None else argv, "train")
-            # Only now: importing torch and DeepSpeed takes longer than refusing a wrong setting.
-            from minilora.training import run
+        settings = read_settings(sys.argv[1:] if argv is None else argv, "train")
+        # Only now: importing torch and DeepSpeed takes longer than refusing a wrong setting. And
+        # before signals raise: C code that imports swallows what is raised in it.
+        from minilora.training import run
 
+        with stopping_at_once():
             run(settings)
     except RequestError as error:
         return _refuse(2, error.problems)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -109,3 +110,20 @@ def test_sigterm_saves_and_leaves_no_process(name: str, launched: dict[str, Laun
     output = run.output.read().decode()
     assert output.count("error: ") == 1
     assert f"error: SIGTERM: stopped after step {step}; the last snapshot is {saved}" in output
+
+
+@pytest.mark.parametrize("delay", [0.0, 0.2, 0.4])
+def test_a_signal_while_libraries_are_imported_ends_the_process_at_once(delay: float) -> None:
+    """Raised in the C code of an import it would be printed, swallowed, or waited for."""
+    command = [sys.executable, "-m", "minilora.train", "--model_name_or_path=nowhere"]
+    command += ["--dataset=rows.json", "--output_dir=out"]
+    process = subprocess.Popen(
+        command, env={**os.environ, "RANK": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    while b"libtorch_cpu" not in Path(f"/proc/{process.pid}/maps").read_bytes():
+        assert process.poll() is None
+        time.sleep(0.01)
+    time.sleep(delay)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=10)
+    assert (process.returncode, output) == (-signal.SIGTERM, b"")
