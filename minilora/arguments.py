@@ -4,6 +4,8 @@ LLaMA-Factory's ways of writing them all work: `--key value`, `--key=value`, `--
 """
 
 import difflib
+import sys
+from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
@@ -58,6 +60,19 @@ def read_settings(argv: Sequence[str], command: str) -> Settings:
     if problems:
         raise RequestError(problems)
     return settings
+
+
+def read_options(
+    parser: ArgumentParser, argv: Sequence[str] | None, command: str
+) -> tuple[Namespace, Settings]:
+    """A command's own options, and the settings that the rest of its arguments are.
+
+    Raises as `read_settings`.
+    """
+    own, rest = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
+    if {"-h", "--help"} & {*rest}:
+        parser.print_help()
+    return own, read_settings(rest, command)
 
 
 def parse_command_line(argv: Sequence[str]) -> tuple[str | None, dict[str, Given], list[str]]:

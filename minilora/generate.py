@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from minilora.config import RequestError
+from minilora.config import RequestError, RunError
+from minilora.config.errors import exit_code
 from minilora.data.chat import Template, make_template
 from minilora.data.conversations import BadRow, Turn, to_turns
 from minilora.data.sources import OPENAI_TAGS, Row, read_rows
@@ -24,6 +25,7 @@ from minilora.files.weights import Checkpoint, Piece, read_checkpoint, read_piec
 from minilora.model.decode import Sampling, generate
 from minilora.model.llama import Llama
 from minilora.model.lora import inject, lora_parameters
+from minilora.run.memory import free_memory
 
 BATCH = 16  # prompts of a file that are answered side by side
 
@@ -34,18 +36,15 @@ Encode = Callable[[Sequence[Row]], list[list[int]]]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command. Returns 0 done, 1 something happened, 2 the request is wrong."""
-    try:
-        run(_parser().parse_args(argv))
-    except RequestError as error:
-        print(*(f"error: {problem}" for problem in error.problems), sep="\n", file=sys.stderr)
-        return 2
-    except (OSError, torch.OutOfMemoryError) as error:
-        hint = "" if isinstance(error, OSError) else "; lower --max_new_tokens"
-        print(f"error: {error}{hint}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    args = _parser().parse_args(argv)
+
+    def work() -> None:
+        try:
+            run(args)
+        except torch.OutOfMemoryError as error:
+            raise RunError(f"{error}; lower --max_new_tokens") from None
+
+    return exit_code(work)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -174,7 +173,7 @@ def load(checkpoint: Checkpoint, adapter: Path | None) -> Llama:
     device, dtype = ("cuda", torch.bfloat16) if on_gpu else ("cpu", torch.float32)
     sizes = checkpoint.shape.parameter_shapes().values()
     needed = sum(math.prod(size) for size in sizes) * dtype.itemsize
-    free = torch.cuda.mem_get_info()[0] if on_gpu else _free_memory()
+    free = torch.cuda.mem_get_info()[0] if on_gpu else free_memory(torch.device(device), 1)
     if needed > free:
         raise RequestError(
             [
@@ -200,15 +199,6 @@ def load(checkpoint: Checkpoint, adapter: Path | None) -> Llama:
             parameter.data.copy_(held[name])
     read_pieces(checkpoint, (Piece(name, 0, p.data.view(-1)) for name, p in base))
     return model
-
-
-def _free_memory() -> int:
-    """Bytes that the machine, or the container where that is less, can still give."""
-    lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    free = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")) * 1024
-    group = Path("/sys/fs/cgroup/memory.max")
-    limit = group.read_text(encoding="ascii").strip() if group.exists() else "max"
-    return free if limit == "max" else min(free, int(limit))
 
 
 def _option_problems(args: argparse.Namespace) -> list[str]:

@@ -8,24 +8,16 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from minilora.config import RequestError, RunError
+from minilora.config import RequestError
+from minilora.config.errors import exit_code
 from minilora.files.export import Update, clashes, export_adapter, export_merged, read_updates
 from minilora.files.weights import read_checkpoint
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command. Returns 0 done, 1 something happened, 2 the request is wrong."""
-    try:
-        run(_parser().parse_args(argv))
-    except RequestError as error:
-        print(*(f"error: {problem}" for problem in error.problems), sep="\n", file=sys.stderr)
-        return 2
-    except (RunError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    args = _parser().parse_args(argv)
+    return exit_code(lambda: run(args))
 
 
 def run(args: argparse.Namespace) -> None:

@@ -12,11 +12,13 @@ from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 
-from minilora.arguments import read_settings
+from minilora.arguments import read_options
 from minilora.config import RequestError, Settings
+from minilora.config.errors import exit_code
 from minilora.config.reading import read_json
 from minilora.model.shape import LlamaShape
 from minilora.run.budget import GIB, Budget, budget
+from minilora.run.curves import drawing, new_figure
 from minilora.run.ds_config import SHIPPED, Facts, find_ds_config, resolve_ds_config
 from minilora.run.gathers import Zero
 from minilora.run.options import (
@@ -46,15 +48,7 @@ COLOURS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command. Returns 0 it fits, 1 it does not, 2 the request is wrong."""
-    parser = _parser()
-    own, rest = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
-    if {"-h", "--help"} & {*rest}:
-        parser.print_help()
-    try:
-        return _run(own, read_settings(rest, "plan"))
-    except RequestError as error:
-        print(*(f"error: {problem}" for problem in error.problems), sep="\n", file=sys.stderr)
-        return 2
+    return exit_code(lambda: _run(*read_options(_parser(), argv, "plan")))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -92,7 +86,8 @@ def _run(own: argparse.Namespace, settings: Settings) -> int:
         for option in offers:
             print(f"  {option.budget.total / GIB:6.2f} GiB  {', '.join(option.changes(asked))}")
     if own.plot:
-        _plot(own.plot, found, limit)
+        with drawing("--plot", own.plot):
+            _plot(own.plot, found, limit)
     return 0 if spare >= 0 else 1
 
 
@@ -183,15 +178,11 @@ def asked_for(settings: Settings, ranks: int, bf16: bool) -> tuple[Option, dict[
 
 def _plot(path: str, found: Sequence[Option], limit: int) -> None:
     """Bars in their parts of ways that come near the limit, named by file, blocks and gather."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise RequestError(["--plot needs matplotlib: pip install 'minilora[plot]'"]) from None
     usual = {found[0].setup.gather_tokens, None, 8192}
     shown = [o for o in found if o.setup.gather_tokens in usual and o.budget.total < 2 * limit]
     shown = [o for o in shown if o.setup.tile_tokens == TILES[0]]
     names = [f"{o.file}, {o.blocks}, {o.setup.gather_tokens or 'step'}" for o in shown]
-    figure = Figure(figsize=(9, 1.5 + 0.25 * len(shown)), layout="constrained")
+    figure = new_figure(9, 1.5 + 0.25 * len(shown))
     axes, left = figure.subplots(), [0.0] * len(shown)
     for part, colour in COLOURS.items():
         widths = [o.budget.parts.get(part, 0) / GIB for o in shown]

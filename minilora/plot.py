@@ -8,20 +8,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from minilora.config import RequestError
-from minilora.run.curves import LOG, curve, draw_runs, read_log
+from minilora.config.errors import exit_code
+from minilora.run.curves import LOG, curve, draw_runs, drawing, read_log
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command. Returns 0 done, 1 the picture cannot be written, 2 the request is wrong."""
-    try:
-        run(_parser().parse_args(argv))
-    except RequestError as error:
-        print(*(f"error: {problem}" for problem in error.problems), sep="\n", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    args = _parser().parse_args(argv)
+    return exit_code(lambda: run(args))
 
 
 def run(args: argparse.Namespace) -> None:
@@ -40,12 +34,8 @@ def run(args: argparse.Namespace) -> None:
             problems.append(f"{path}: {str(error.strerror).lower()}")
     if problems:
         raise RequestError(problems)
-    try:
+    with drawing("--output", args.output):
         draw_runs(runs, args.output)
-    except ImportError:
-        raise RequestError(["matplotlib is needed: pip install 'minilora[plot]'"]) from None
-    except ValueError as error:
-        raise RequestError([f"--output: {args.output}: {error}"]) from None
     print(args.output)
 
 

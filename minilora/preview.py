@@ -12,13 +12,14 @@ from dataclasses import replace
 
 import numpy as np
 
-from minilora.arguments import read_settings
+from minilora.arguments import read_options
 from minilora.config import RequestError, Settings
+from minilora.config.errors import exit_code
 from minilora.data.batches import Documents, Int64s, Place, TileLimits, build_step
 from minilora.data.chat import show
 from minilora.data.prepare import Prepared, prepare
 from minilora.data.schedule import Schedule
-from minilora.run.curves import label, new_figure
+from minilora.run.curves import drawing, label, new_figure
 from minilora.run.stop import Lasting
 
 BINS, WIDTH = 12, 40  # of the histogram: at most so many lines, and characters in the longest
@@ -26,19 +27,7 @@ BINS, WIDTH = 12, 40  # of the histogram: at most so many lines, and characters 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command. Returns 0 done, 1 the picture cannot be written, 2 the request is wrong."""
-    parser = _parser()
-    own, rest = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
-    if {"-h", "--help"} & {*rest}:
-        parser.print_help()
-    try:
-        run(own, read_settings(rest, "preview"))
-    except RequestError as error:
-        print(*(f"error: {problem}" for problem in error.problems), sep="\n", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return exit_code(lambda: run(*read_options(_parser(), argv, "preview")))
 
 
 def run(own: argparse.Namespace, settings: Settings) -> None:
@@ -60,7 +49,8 @@ def run(own: argparse.Namespace, settings: Settings) -> None:
         sep="\n",
     )
     if own.plot:
-        _plot(own.plot, documents.lengths, settings.data.cutoff_len)
+        with drawing("--plot", own.plot):
+            _plot(own.plot, documents.lengths, settings.data.cutoff_len)
 
 
 def samples(prepared: Prepared, count: int, colour: bool) -> Iterator[str]:
@@ -102,11 +92,8 @@ def steps(documents: Documents, settings: Settings, ranks: int) -> Iterator[str]
     """
     train, cutoff = settings.train, settings.data.cutoff_len
     batch = train.per_device_train_batch_size
-    rows = ranks * batch * train.gradient_accumulation_steps
-    asked = Schedule(
-        documents.lengths, train.seed, rows, cutoff, settings.packs, train.num_train_epochs,
-        train.max_steps, train.disable_shuffling,
-    )  # fmt: skip
+    asked = Schedule.of(documents.lengths, settings, ranks)
+    rows = asked.rows_per_step
     total, room = len(documents.tokens), rows * cutoff
     names = ("steps/epoch", "all steps", "documents/step", "tokens/step")
     gpus = f"on {ranks} GPU{'s' * (ranks > 1)}, * asked"
@@ -145,20 +132,14 @@ def steps(documents: Documents, settings: Settings, ranks: int) -> Iterator[str]
 
 def _plot(path: str, lengths: Int64s, cutoff: int) -> None:
     """Draw how many documents there are of each length, and where they are cut."""
-    try:
-        figure = new_figure(8, 4.5)
-    except ImportError:
-        raise RequestError(["--plot needs matplotlib: pip install 'minilora[plot]'"]) from None
+    figure = new_figure(8, 4.5)
     axes = figure.subplots()
     axes.hist(lengths, bins=50, color="#4c78a8")
     if lengths.max() > cutoff / 2:  # else it lies far away from all of them
         axes.axvline(cutoff, color="black", linewidth=1, label=f"cutoff_len {cutoff:,}")
         axes.legend(frameon=False)
     label(axes, "tokens per document", "documents")
-    try:
-        figure.savefig(path, dpi=150)
-    except ValueError as error:
-        raise RequestError([f"--plot: {path}: {error}"]) from None
+    figure.savefig(path, dpi=150)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -78,20 +78,7 @@ def run_in(world: World, settings: Settings, plan: Plan, phases: Phases) -> None
     documents, validation, notes = tokenise(world, settings)
     with world.agreed():
         snapshot, start, saved = start_of(settings, plan, documents, validation)
-    schedule = Schedule(
-        documents.lengths,
-        seed=options.seed,
-        rows_per_step=(
-            world.size * options.per_device_train_batch_size * options.gradient_accumulation_steps
-        ),
-        cutoff_len=settings.data.cutoff_len,
-        packing=settings.packs,
-        num_train_epochs=options.num_train_epochs,
-        max_steps=options.max_steps,
-        disable_shuffling=options.disable_shuffling,
-        done_steps=start.step,
-        done_rows=start.rows,
-    )
+    schedule = Schedule.of(documents.lengths, settings, world.size, (start.step, start.rows))
     phases.done("tokens")
     asked = asked_for(settings, world.size, wants_bf16(options))
     forecast = foresee(world, asked, plan, schedule, settings.keeps_what_fits)

@@ -1,6 +1,7 @@
 """What ends a run, and with which exit code."""
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 
 
 class RequestError(Exception):
@@ -22,3 +23,20 @@ class RunError(Exception):
     """Something happened in the run: exit code 1, with what happened and the next step."""
 
     told = False  # whether it has been printed already
+
+
+def exit_code(work: Callable[[], int | None]) -> int:
+    """Do the work of a command, and say on stderr what ends it.
+
+    Returns what the work returns, or 0; 1 something happened, 2 the request is wrong, 130 Ctrl-C.
+    """
+    try:
+        return work() or 0
+    except RequestError as error:
+        code, problems = 2, error.problems
+    except (RunError, OSError) as error:
+        code, problems = 1, (str(error),)
+    except KeyboardInterrupt:
+        return 130
+    print(*(f"error: {problem}" for problem in problems), sep="\n", file=sys.stderr)
+    return code

@@ -1,5 +1,7 @@
 """The order in which epochs visit the documents, cut into optimizer steps."""
 
+from __future__ import annotations
+
 import math
 from bisect import bisect_right
 from dataclasses import dataclass
@@ -7,6 +9,8 @@ from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
+
+from minilora.config import Settings
 
 Int64s = NDArray[np.int64]
 
@@ -42,6 +46,26 @@ class Schedule:
     disable_shuffling: bool = False
     done_steps: int = 0
     done_rows: int = 0
+
+    @classmethod
+    def of(
+        cls, lengths: Int64s, settings: Settings, ranks: int, done: tuple[int, int] = (0, 0)
+    ) -> Schedule:
+        """The schedule that the settings ask for on so many ranks, after (steps, rows) done."""
+        train = settings.train
+        per_rank = train.per_device_train_batch_size * train.gradient_accumulation_steps
+        return cls(
+            lengths,
+            seed=train.seed,
+            rows_per_step=ranks * per_rank,
+            cutoff_len=settings.data.cutoff_len,
+            packing=settings.packs,
+            num_train_epochs=train.num_train_epochs,
+            max_steps=train.max_steps,
+            disable_shuffling=train.disable_shuffling,
+            done_steps=done[0],
+            done_rows=done[1],
+        )
 
     def __post_init__(self) -> None:
         if len(self.lengths) == 0 or self.rows_per_step < 1:

@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import safe_open
@@ -84,9 +84,12 @@ class Whole:
     layer: str
 
     def change(self) -> Change:
+        opened = safe_open(self.file, framework="pt")  # once: a head comes in hundreds of chunks
+        name = stored_name(f"{self.layer}.weight")
+        stored: Any = opened.get_slice(name)  # type: ignore[no-untyped-call]
+
         def replaced(_: Tensor, rows: slice) -> Tensor:
-            with safe_open(self.file, framework="pt") as opened:
-                part: Tensor = opened.get_slice(stored_name(f"{self.layer}.weight"))[rows]
+            part: Tensor = stored[rows]
             return part.float()
 
         return replaced

@@ -2,9 +2,12 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from minilora.config import RequestError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -76,6 +79,17 @@ def new_figure(width: float, height: float) -> "Figure":
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
+
+
+@contextmanager
+def drawing(option: str, path: str | Path) -> Iterator[None]:
+    """Raise RequestError if what is drawn inside needs matplotlib, or cannot be such a file."""
+    try:
+        yield
+    except ImportError:
+        raise RequestError([f"{option} needs matplotlib: pip install 'minilora[plot]'"]) from None
+    except ValueError as error:
+        raise RequestError([f"{option}: {path}: {error}"]) from None
 
 
 def label(axes: "Axes", x: str, y: str) -> None:
