@@ -17,6 +17,7 @@ import sys
 import time
 from pathlib import Path
 
+import minilora.training  # noqa: F401 (torch and DeepSpeed, once and not in each attempt)
 from minilora import train
 
 LONGEST = 2.5  # seconds until an attempt is killed; a second of them is the start
