@@ -106,6 +106,7 @@ def parse_module(module: str, words: list[str]) -> None:
             | "benchmarks.gpu"
             | "benchmarks.start"
             | "benchmarks.overlap"
+            | "benchmarks.leaves"
         ):
             importlib.import_module(module).read(words)
         case _:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.leaves import Leaf, leaves
 from benchmarks.speed import compare, groups
 from benchmarks.turns import ROOT, Player, Variant
 from benchmarks.workloads import SIZES, padded, rows, weight
@@ -82,6 +83,20 @@ def player(folder: Path, name: str, loss: float, grad: torch.Tensor) -> Player:
     torch.save({"a": grad}, path)
     news = [{"loss": loss, "gradients": str(path)}]
     return Player(Variant(name, "bare"), Namespace(), Namespace(), path, news)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("leaf", leaves(SIZES["tiny"], "cpu", torch.float64), ids=str)
+def test_leaves_and_what_would_be_compiled_instead_are_the_same(leaf: Leaf) -> None:
+    found, expected = (way(*(x.clone() for x in leaf.inputs)) for way in (leaf.ours, leaf.plain))
+    torch.testing.assert_close(found, expected)
+    if leaf.backward:
+        grads = [
+            torch.autograd.grad(outputs, leaf.inputs, [torch.sin(x) for x in outputs])
+            for outputs in (leaf.ours(*leaf.inputs), leaf.plain(*leaf.inputs))
+        ]
+        torch.testing.assert_close(*grads)
+    leaf.run(leaf.ours)
+    leaf.run(leaf.plain)
 
 
 def test_another_loss_or_gradient_is_refused(tmp_path: Path) -> None:
