@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -82,7 +83,8 @@ def run_in(world: World, settings: Settings, plan: Plan, phases: Phases) -> None
     phases.done("tokens")
     asked = asked_for(settings, world.size, wants_bf16(options))
     forecast = foresee(world, asked, plan, schedule, settings.keeps_what_fits)
-    notes = [*notes, *forecast.opening(options.strict_plan)]
+    # Before the weights, which may take their time.
+    _tell(world, settings.notices, notes, forecast.opening(options.strict_plan))
     way = forecast.asked.setup
     options = replace(options, gather_tokens=way.gather_tokens)
     settings, plan = replace(settings, train=options), replace(plan, keep_blocks=way.keep_blocks)
@@ -92,10 +94,8 @@ def run_in(world: World, settings: Settings, plan: Plan, phases: Phases) -> None
             engine.restore(saved, start.step)
             was = f"{start.info['ranks']} ranks, ZeRO-{start.info['stage']}"
             found = [f"going on from {snapshot}, step {start.step} ({was})"]
-            notes = [*found, *start.info.get("notes", ()), *notes]
-        if world.rank == 0:
-            lines = (*settings.notices, *notes, *_facts(world, engine, plan, schedule), str(phases))
-            print(*lines, sep="\n", file=sys.stderr, flush=True)
+            _tell(world, found, start.info.get("notes", ()))
+        _tell(world, _facts(world, engine, plan, schedule), [str(phases)])
         info = {"ranks": world.size, "stage": engine.stage, "settings": settings.to_dict()}
         info["versions"] = {"minilora": __version__, "torch": torch.__version__}
         totals = Totals(**start.totals)
@@ -199,6 +199,12 @@ def _check_output(settings: TrainSettings) -> None:
                 "(resume_from_checkpoint: true), or set overwrite_output_dir: true"
             ]
         )
+
+
+def _tell(world: World, *groups: Iterable[str]) -> None:
+    """Rank 0 prints the lines of all groups."""
+    if world.rank == 0:
+        print(*chain(*groups), sep="\n", file=sys.stderr, flush=True)
 
 
 def _facts(world: World, engine: Engine, plan: Plan, schedule: Schedule) -> Iterator[str]:
