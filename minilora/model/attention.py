@@ -20,10 +20,15 @@ def causal_attention(
 
     query: (N, H, E); key, value: (N, K, E), K dividing H; lengths: tokens of each document, sum N;
     boundaries: (documents + 1,) int32, the running sum of lengths from 0. Returns (N, H, E).
-    Half precision on a GPU takes torch's varlen kernel, all else one SDPA call per document.
+    Half precision off the CPU takes torch's varlen kernel where that has the head size (a multiple
+    of 8 up to 256: mha_varlen_fwd in torch's flash_api.cpp), all else one SDPA call per document.
     """
-    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
+    away, size = query.device.type != "cpu", query.shape[-1]
+    if away and query.dtype in (torch.bfloat16, torch.float16) and size % 8 == 0 and size <= 256:
         return _varlen(query, key, value, boundaries, max(lengths))
+    if away and query.dtype == torch.float32:
+        # Of torch's GPU kernels in fp32, only the one that makes all N x N scores takes groups.
+        key, value = _ungrouped(query, key, value)
     # Not slices: the gradient of each would be a whole (N, H, E), zero but for its own rows.
     documents = (torch.split(x, list(lengths)) for x in (query, key, value))
     return torch.cat([_attend_document(*each) for each in zip(*documents, strict=True)])
@@ -52,8 +57,13 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, boundaries: Tensor, longe
     if "enable_gqa" in accepted:
         options["enable_gqa"] = True
     else:
-        groups = query.shape[1] // key.shape[1]
-        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+        key, value = _ungrouped(query, key, value)
     attended = varlen_attn(query, key, value, boundaries, boundaries, longest, longest, **options)
     assert isinstance(attended, Tensor)  # a tuple only where more outputs are asked for
     return attended
+
+
+def _ungrouped(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Key and value of every query head, (N, H, E)."""
+    groups = query.shape[1] // key.shape[1]
+    return key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
