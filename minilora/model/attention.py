@@ -28,7 +28,8 @@ def causal_attention(
         return _varlen(query, key, value, boundaries, max(lengths))
     if away and query.dtype == torch.float32:
         # Of torch's GPU kernels in fp32, only the one that makes all N x N scores takes groups.
-        key, value = _ungrouped(query, key, value)
+        groups = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     # Not slices: the gradient of each would be a whole (N, H, E), zero but for its own rows.
     documents = (torch.split(x, list(lengths)) for x in (query, key, value))
     return torch.cat([_attend_document(*each) for each in zip(*documents, strict=True)])
@@ -49,21 +50,13 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, boundaries: Tensor, longe
     from torch.nn.attention.varlen import varlen_attn  # needs CUDA kernels
 
     accepted = inspect.signature(varlen_attn).parameters
-    # Causality is spelled is_causal in torch 2.10 and window_size=(-1, 0) from 2.11 on; grouped
-    # queries are a flag from 2.12 on, before which key and value are repeated here.
+    # Causality is spelled is_causal in torch 2.10 and window_size=(-1, 0) from 2.11 on. The kernel
+    # takes grouped queries in all of them (mha_varlen_fwd and _bwd); from 2.12 on it wants a flag.
     options: dict[str, Any] = {"window_size": (-1, 0)}
     if "is_causal" in accepted:
         options = {"is_causal": True}
     if "enable_gqa" in accepted:
         options["enable_gqa"] = True
-    else:
-        key, value = _ungrouped(query, key, value)
     attended = varlen_attn(query, key, value, boundaries, boundaries, longest, longest, **options)
     assert isinstance(attended, Tensor)  # a tuple only where more outputs are asked for
     return attended
-
-
-def _ungrouped(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """Key and value of every query head, (N, H, E)."""
-    groups = query.shape[1] // key.shape[1]
-    return key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
