@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import memory, report, speed
-from benchmarks.turns import ROOT, Variant
+from benchmarks.turns import ROOT, Variant, show_one_gpu
 from benchmarks.workloads import SIZES, Size, weight
 from minilora.model.attention import causal_attention
 from minilora.model.llama import Llama
@@ -221,6 +221,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.environ.setdefault("OMP_NUM_THREADS", "1")
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE")
+    else:
+        show_one_gpu()
     if own.parity:
         parts: list[Callable[[], Iterator[dict[str, Any]]]] = [
             lambda: attention_parity(own.device),

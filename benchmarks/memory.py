@@ -36,6 +36,7 @@ from minilora.run.budget import CONTEXT, GIB, NCCL, budget
 from minilora.run.ds_config import Facts, find_ds_config, resolve_ds_config
 from minilora.run.engine import Plan
 from minilora.run.gathers import Zero
+from minilora.run.memory import expand_segments
 from minilora.run.phases import Phases
 from minilora.run.setup import Setup, setup_of
 from minilora.run.world import World
@@ -312,7 +313,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         again = [sys.executable, "-m", "benchmarks.memory", *(argv or sys.argv[1:]), "--only"]
         rows = [alone([*again, str(number)]) for number in range(len(cases))]
     else:
-        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+        expand_segments()
         if own.device == "cuda" and own.cap:
             total = torch.cuda.get_device_properties(0).total_memory
             left = own.cap * USABLE * GIB - CONTEXT - NCCL  # only torch's allocator is capped

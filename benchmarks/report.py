@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib import metadata
 from typing import Any
 
@@ -20,16 +21,20 @@ LINKS = (5, 10, 24)  # GB/s: PCIe through the host, better, and with peer-to-pee
 
 
 def versions() -> dict[str, Any]:
-    """What the numbers depend on."""
-    names = ("torch", "deepspeed", "transformers", "peft", "accelerate")
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
-    ).stdout.strip()
+    """What the numbers depend on; None of what is not there."""
+    found: dict[str, str | None] = {"commit": None}
+    for name in ("torch", "deepspeed", "transformers", "peft", "accelerate"):
+        found[name] = None
+        with suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    with suppress(OSError):  # a machine without git
+        asked = ["git", "rev-parse", "--short", "HEAD"]
+        done = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True)
+        found["commit"] = done.stdout.strip()
     return {
         "date": datetime.date.today().isoformat(),
-        "commit": commit,
         "python": platform.python_version(),
-        **{name: metadata.version(name) for name in names},
+        **found,
         "cores": os.cpu_count(),
         "machine": platform.machine(),
     }

@@ -84,6 +84,8 @@ def main() -> None:
     ready = sum(phases.seconds.values()) - phases.seconds.get("(writing holes)", 0.0)
     ids = torch.arange(8)
     engine.forward_backward(Span(ids, ids, ((8,),), 0), 1.0, last=True)
+    if own.device == "cuda":
+        torch.cuda.synchronize()
     phases.done("first forward and backward")
     total = plan.checkpoint.total_bytes
     found = {"seconds_to_first_forward": ready, "phases": phases.seconds, "ranks": own.ranks}

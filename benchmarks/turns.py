@@ -168,6 +168,12 @@ class Player:
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-30:])
 
 
+def show_one_gpu() -> None:
+    """Let processes started from now on see one GPU: on several the Trainer splits its batches."""
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES") or "0"
+    os.environ["CUDA_VISIBLE_DEVICES"] = seen.partition(",")[0]
+
+
 def start(variant: Variant, size: str, device: str, steps: int, folder: Path) -> Player:
     """Launch a variant and wait until it runs."""
     listener = Listener(str(folder / f"{variant.name}.socket"), authkey=KEY)

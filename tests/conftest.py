@@ -2,8 +2,10 @@
 
 import os
 
-# Before torch is imported anywhere: one thread per process, the CPU as DeepSpeed's device, and no
-# AMX, which some virtual machines announce and then kill the process for.
+# Before torch is imported anywhere: one thread per process, the CPU as torch's and DeepSpeed's
+# device on a machine with GPUs too, and no AMX, which some virtual machines announce and then kill
+# the process for.
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # 0 for the one test that needs a GPU
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE")

@@ -216,7 +216,7 @@ def test_the_levers_need_what_the_plan_says(
     assert total(*spans, "--deepspeed", "zero0") == "19.96"
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, CUDA_VISIBLE_DEVICES=0")
 def test_the_history_of_a_gpu_is_written(ground: Ground, tmp_path: Path) -> None:
     """The real allocator, asked for more than there is."""
     from minilora.config import TrainSettings

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import subprocess
 import sys
@@ -215,6 +216,20 @@ def test_no_more_than_two_blocks_of_the_8b_model_are_ever_gathered(file: str) ->
         live = [m.held for m in gathers.moments if m.backward and m.module.block is not None]
         assert (max(live) <= 2 * block + 7 * 4) is holds
     assert budget(article(zero=shipped)).total < budget(article(zero=loose)).total
+
+
+def test_pinned_tensors_take_powers_of_two_of_the_host() -> None:
+    """By torch's CachingHostAllocator.h: an input of 48 MiB takes 64, where memory is pinned."""
+    for on_gpu, each in ((True, 64), (False, 48)):
+        setup = article(offload_activations=True, gather_tokens=6144, on_gpu=on_gpu)
+        (inputs,) = (term for term in budget(setup).host if term.name == "block inputs, pinned")
+        assert inputs.bytes == 7 * 32 * each * 2**20
+    offload = json.loads((ROOT / "minilora/ds_configs/zero3_offload.json").read_text())
+    (weights,) = (t for t in budget(article(zero=Zero.of(offload))).host if "weights" in t.name)
+    sevenths = [-(-n // 7) * 2 for n in (4096 * 4096, 1024 * 4096, 14336 * 4096, 128256 * 4096)]
+    taken = [2 ** math.ceil(math.log2(size)) for size in sevenths]
+    matrices = 32 * (2 * taken[0] + 2 * taken[1] + 3 * taken[2]) + 2 * taken[3]
+    assert weights.bytes == 7 * (matrices + 65 * 2048)  # and 65 norms
 
 
 def test_the_articles_job_needs_what_it_may_need() -> None:

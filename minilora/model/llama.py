@@ -214,13 +214,15 @@ class Llama(nn.Module):
     ) -> Tensor:
         """Sum of the cross-entropy over labelled tokens, times `scale`.
 
-        token_ids, labels: (N,) int64; labels[i] is the target of position i, -100 for none.
+        token_ids, labels: (N,) int64; labels[i] is the target of position i, -100 for none. Labels
+        may be in host memory: to count the rows there, nobody waits for a GPU.
         Returns what the head returns.
         """
         hidden = self.model(token_ids, tiles)
         labelled = (labels >= 0).nonzero().squeeze(1)
-        hidden = self.model.norm(hidden[labelled])
-        loss: Tensor = self.lm_head(hidden, labels[labelled], scale)
+        targets = labels[labelled].to(hidden.device, non_blocking=True)
+        hidden = self.model.norm(hidden[labelled.to(hidden.device, non_blocking=True)])
+        loss: Tensor = self.lm_head(hidden, targets, scale)
         return loss
 
     def logits(self, token_ids: Tensor, tiles: Sequence[Tile]) -> Tensor:

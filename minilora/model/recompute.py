@@ -88,6 +88,8 @@ class _Recompute(torch.autograd.Function):
         output = torch.empty_like(hidden)
         for tile in () if unread else tiles:
             output[tile.rows] = body(hidden[tile.rows], tile)
+        if store is not None:
+            store.settle()  # before hidden is let go
         return output
 
     @staticmethod

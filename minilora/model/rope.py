@@ -18,7 +18,7 @@ def rotation(
     rope: Rope, head_dim: int, positions: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """cos and sin of the rotary angles, (N, 1, E) in dtype, for positions (N,)."""
-    frequencies = rope_frequencies(rope, head_dim).to(positions.device)
+    frequencies = rope_frequencies(rope, head_dim).to(positions.device, non_blocking=True)
     angles = positions[:, None].float() * frequencies  # (N, E / 2)
     angles = torch.cat((angles, angles), -1).unsqueeze(1)  # (N, 1, E), half-split as in HF files
     return angles.cos().to(dtype), angles.sin().to(dtype)

@@ -86,9 +86,12 @@ def document_tiles(
     for index, tile in enumerate(lengths):
         total = sum(tile)
         piece = piece_tokens or total
-        # On the host first: hundreds of short documents would be hundreds of tiny kernels.
-        positions = torch.cat([torch.arange(length) for length in tile]).to(like.device)
-        boundaries = torch.tensor([0, *tile]).cumsum(0, dtype=torch.int32).to(like.device)
+        # On the host first: hundreds of short documents would be hundreds of tiny kernels. And
+        # non_blocking: otherwise each copy waits until the GPU has done all it was asked before.
+        positions = torch.cat([torch.arange(length) for length in tile])
+        positions = positions.to(like.device, non_blocking=True)
+        boundaries = torch.tensor([0, *tile]).cumsum(0, dtype=torch.int32)
+        boundaries = boundaries.to(like.device, non_blocking=True)
         tiles.append(
             DocumentTile(
                 rows=slice(start, start + total),

@@ -290,11 +290,11 @@ def _whole_gradients(setup: Setup, moment: Moment) -> Iterator[Term]:
 
 
 def _host(setup: Setup) -> Iterator[Term]:
-    shape, ranks, s = setup.shape, setup.ranks, setup.size
-    total = sum(_sizes(shape).values())
-    recomputed = shape.num_layers - setup.keep_blocks
-    inputs = recomputed * setup.span * shape.hidden_size * setup.offload_activations
+    shape, ranks, sizes = setup.shape, setup.ranks, _sizes(setup.shape).values()
+    recomputed = (shape.num_layers - setup.keep_blocks) * setup.offload_activations
+    each = setup.pinned(setup.span * shape.hidden_size)
+    shards = ranks * sum(setup.pinned(-(-size // ranks)) for size in sizes)
     yield Term("host", "processes, estimate", ranks, PROCESS)
-    yield Term("host", "block inputs, pinned", ranks * inputs, s)
-    yield Term("host", "weights, pinned", total * setup.zero.offload_param, s)
-    yield Term("host", "page cache of the files", total, 2)
+    yield Term("host", "block inputs, pinned", ranks * recomputed, each)
+    yield Term("host", "weights, pinned", shards * setup.zero.offload_param, 1)
+    yield Term("host", "page cache of the files", sum(sizes), 2)

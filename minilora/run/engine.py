@@ -108,9 +108,8 @@ class Engine:
         device = self.world.device
         like = torch.empty(0, dtype=self.dtype, device=device)
         tiles = document_tiles(self.shape, span.tiles, span.seed, like, self.tile_tokens)
-        result: Tensor = self.engine(
-            span.token_ids.to(device), span.labels.to(device), tiles, scale
-        )
+        token_ids = span.token_ids.to(device, non_blocking=True)
+        result: Tensor = self.engine(token_ids, span.labels, tiles, scale)
         return result
 
     def step(self, rate: float) -> float:

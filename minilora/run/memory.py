@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
@@ -9,6 +10,9 @@ import torch
 from minilora.run.budget import CONTEXT, GIB, NCCL
 
 RECORDED = 100_000  # allocations; a step of the 8B model has some 10,000
+# In errors of torch's CPU allocator; of CUDA and NCCL where not torch allocates, as for pinned
+# memory; and of cuBLAS.
+OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 CPU_FIGURES = {"rss_gib": "VmRSS:", "rss_peak_gib": "VmHWM:"}
 # Phases of the memory plan, by the file and function that run; the innermost one known counts.
 PHASES = {
@@ -71,10 +75,20 @@ def write_history(path: Path) -> None:
     torch.cuda.memory._dump_snapshot(str(path))  # type: ignore[no-untyped-call]
 
 
+def expand_segments() -> None:
+    """Ask for torch's expandable segments, unless the environment says how to allocate.
+
+    Blocks of many sizes come and go; without this 1 to 2 GiB of 24 lie between them. Torch (2.10 to
+    2.13) reads the environment when CUDA is first used, not when it is imported.
+    """
+    if "PYTORCH_ALLOC_CONF" not in os.environ:  # its older name, which would override this one
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an allocation failed, on the GPU or on the host."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+        isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY)
     )
 
 

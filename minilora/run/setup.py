@@ -80,6 +80,14 @@ class Setup:
         sizes = self.shape.linear_shapes()
         return self.shape.hidden_size, sizes["up_proj"][0], sizes["q_proj"][0], sizes["k_proj"][0]
 
+    def pinned(self, elements: int) -> int:
+        """Bytes of a tensor in pinned memory, of which torch takes a power of 2.
+
+        PowerOf2Ceil in ATen/core/CachingHostAllocator.h.
+        """
+        size = elements * self.size
+        return 1 << (size - 1).bit_length() if self.on_gpu else size
+
     @property
     def kept(self) -> tuple[int, int]:
         """Elements that autograd keeps per token: of attention, of the MLP with the second norm.

@@ -15,13 +15,17 @@ import torch
 import torch.distributed as dist
 
 from minilora.config import RequestError, RunError, TrainSettings
+from minilora.run.memory import expand_segments
 from minilora.run.watch import Watch, this_process
 
 LINK_SECONDS = 30  # in which the ranks must manage to add up a megabyte
 
 
 class World:
-    """The processes of the run. Made first, closed last."""
+    """The processes of the run. Made first, closed last.
+
+    Raises RequestError for bf16 on a GPU that has none.
+    """
 
     def __init__(self, train: TrainSettings) -> None:
         if "RANK" not in os.environ:  # started without a launcher: a world of one
@@ -31,9 +35,13 @@ class World:
         self.local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         self.device = torch.device("cuda", self.local_rank) if on_gpu else torch.device("cpu")
         if on_gpu:
-            # Blocks of many sizes come and go; without this 1 to 2 GiB of 24 lie between them.
-            os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+            expand_segments()
             torch.cuda.set_device(self.device)
+            if wants_bf16(train) and not torch.cuda.is_bf16_supported(including_emulation=False):
+                name = torch.cuda.get_device_name()
+                raise RequestError(
+                    [f"bf16: {name} has none, only Ampere and later; set bf16: false"]
+                )
         patience = timedelta(seconds=train.ddp_timeout)
         dist.init_process_group("nccl" if on_gpu else "gloo", timeout=patience)
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
