@@ -1,9 +1,9 @@
 """python -m benchmarks.gpu: everything that wants a GPU, in one command and under ten minutes.
 
 Needs one GPU and no network: weights are random, made on the device. Parity of the fast paths,
-then predicted beside measured memory under the cap of a 24 GB card, then speed beside the peers;
-what matters most comes first, each row is a JSON line as soon as it is there, and a short table
-ends it. `--device cpu --size tiny` runs the same on a CPU.
+then predicted beside measured memory under the cap of a 24 GB card, then speed beside the peers,
+last whether torch.compile would pay; what matters most comes first, each row is a JSON line as soon
+as it is there, and a short table ends it. `--device cpu --size tiny` runs the same on a CPU.
 """
 
 from __future__ import annotations
@@ -244,6 +244,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     run.speed(variants[:2])
     run.memory(found[9:])
     run.speed(variants[2:])
+    if own.device == "cuda":  # on a CPU it would need a compiler
+        run.child("leaves", "benchmarks.leaves")
     print(*run.table(), sep="\n")
     return int(any("error" in row and not row.get("ok") for row in run.rows))
 
