@@ -172,7 +172,6 @@ def _adapter(settings: Settings, shape: LlamaShape) -> tuple[LoraShape, Mapping[
         for key, mine, has in (
             ("lora_rank", asked.rank, lora.rank),
             ("lora_alpha", asked.alpha, lora.alpha),
-            ("lora_target", [*asked.layers(shape)], [*lora.layers(shape)]),
             ("use_rslora", asked.use_rslora, lora.use_rslora),
             ("use_dora", asked.use_dora, lora.use_dora),
             ("rank_pattern", asked.rank_pattern, lora.rank_pattern),
@@ -181,6 +180,9 @@ def _adapter(settings: Settings, shape: LlamaShape) -> tuple[LoraShape, Mapping[
         )
         if key in settings.origins and mine != has
     ]
+    if "lora_target" in settings.origins and {*asked.layers(shape)} != {*lora.layers(shape)}:
+        name = settings.name_of("lora_target")
+        problems.append(f"{name} means other layers than those of {folder}; remove the key")
     if problems:
         raise RequestError(problems)
     return lora, read_adapter(Path(folder), lora.parameter_shapes(shape))

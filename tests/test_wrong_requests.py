@@ -98,7 +98,7 @@ WEIGHTS: dict[str, tuple[Break, list[str]]] = {
     "weight: infinite": (norm(torch.full((32,), torch.inf)), [NORM, "holds NaN or infinite"]),
     "weight: pickle alone": (both(drop(INDEX), put("model/pytorch_model.bin", b"x")),
                              ["weights are read from safetensors files"]),
-    "model: nowhere": (ask(model_name_or_path="@/no"), ["@/no: no such folder; download the"]),
+    "model: nowhere": (ask(model_name_or_path="@/no"), ["model_name_or_path: @/no: no such f"]),
     "model: of a hub": (ask(model_name_or_path="meta-llama/Llama-3.1-8B"), ["download the model"]),
     "model: endless name": (ask(model_name_or_path="x" * 5000), ["File name too long"]),
 }  # fmt: skip
@@ -180,7 +180,8 @@ ADAPTER: dict[str, tuple[Break, list[str]]] = {
     "norms": (ask(additional_target="norm"), ["additional_target: norm cannot be trained whole"]),
     "contradicts the rank": (both(adapter(), ask(lora_rank=16)),
                              ["lora_rank (command line): 16 contradicts the 4", "remove the key"]),
-    "contradicts the layers": (both(adapter(), ask(lora_target="q_proj")), ["lora_target (comm"]),
+    "contradicts the layers": (both(adapter(), ask(lora_target="q_proj")),
+                               ["means other layers than those"]),
     "unknown layers": (ask(lora_target="q_proj,wq"), ["no layer is called wq; known: q_proj"]),
 }  # fmt: skip
 GROUPS = {"weights": WEIGHTS, "config.json": CONFIG, "tokens": TOKENS, "adapter": ADAPTER,
