@@ -91,7 +91,8 @@ def run_in(world: World, settings: Settings, plan: Plan, phases: Phases) -> None
         if snapshot is not None:
             engine.restore(saved, start.step)
             was = f"{start.info['ranks']} ranks, ZeRO-{start.info['stage']}"
-            found = [f"going on from {snapshot}, step {start.step} ({was})"]
+            reached = f"step {start.step} of {schedule.total_steps}"
+            found = [f"going on from {snapshot}, {reached} ({was})"]
             notes = [*found, *start.info.get("notes", ()), *notes]
         if world.rank == 0:
             lines = (*settings.notices, *notes, *_facts(world, engine, plan, schedule), str(phases))
