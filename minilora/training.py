@@ -167,6 +167,9 @@ def _adapter(settings: Settings, shape: LlamaShape) -> tuple[LoraShape, Mapping[
     asked = LoraShape.of(method, shape)
     if folder is None:
         return asked, {}
+    if not Path(folder).is_dir():
+        lacks = "no such folder; name one adapter, several are merged first (minilora.merge)"
+        raise RequestError([f"adapter_name_or_path: {folder}: {lacks}"])
     lora = read_adapter_shape(Path(folder), shape, method.lora_dropout)
     problems = [
         f"{settings.name_of(key)}: {mine} contradicts the {has} of {folder}; remove the key"

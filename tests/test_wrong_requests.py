@@ -156,7 +156,7 @@ TOKENS: dict[str, tuple[Break, list[str]]] = {
     "template: changes": (template("{{ messages.append(1) }}"), ["refuses it", "unsafe"]),
 }  # fmt: skip
 ADAPTER: dict[str, tuple[Break, list[str]]] = {
-    "nowhere": (ask(adapter_name_or_path="@/no"), ["@/no/adapter_config.json: no such file"]),
+    "nowhere": (ask(adapter_name_or_path="@/no"), ["adapter_name_or_path: @/no: no such folder"]),
     "a whole model": (ask(adapter_name_or_path="@/model"), ["adapter_config.json: no such file"]),
     "no weights": (both(drop("adapter/adapter_model.safetensors"), adapter()),
                    ["adapter_model.safetensors: no such file; no other format is read"]),
@@ -178,6 +178,7 @@ ADAPTER: dict[str, tuple[Break, list[str]]] = {
     "no expression": (ask(lora_target="*_proj"), ["lora_target: '*_proj' is no regular"]),
     "everything": (ask(lora_target=".*"), ["matches embed_tokens, lm_head; those get no LoRA"]),
     "norms": (ask(additional_target="norm"), ["additional_target: norm cannot be trained whole"]),
+    "two adapters": (ask(adapter_name_or_path="@/a,@/b"), ["adapter_name_or_path: @/a,@/b: no"]),
     "contradicts the rank": (both(adapter(), ask(lora_rank=16)),
                              ["lora_rank (command line): 16 contradicts the 4", "remove the key"]),
     "contradicts the layers": (both(adapter(), ask(lora_target="q_proj")),
