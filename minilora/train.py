@@ -32,6 +32,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _refuse(2, error.problems)
     except RunError as error:
         return 1 if error.told else _refuse(1, [str(error)])
+    except KeyboardInterrupt:  # before signals raise Stopped
+        print("error: SIGINT: stopped before the start", file=sys.stderr, flush=True)
+        return 130
     except Stopped as stopped:
         return _refuse(128 + stopped.number, [str(stopped)])
     except Exception as error:

@@ -93,7 +93,8 @@ def run_in(world: World, settings: Settings, plan: Plan, phases: Phases) -> None
         if snapshot is not None:
             engine.restore(saved, start.step)
             was = f"{start.info['ranks']} ranks, ZeRO-{start.info['stage']}"
-            found = [f"going on from {snapshot}, step {start.step} ({was})"]
+            reached = f"step {start.step} of {schedule.total_steps}"
+            found = [f"going on from {snapshot}, {reached} ({was})"]
             _tell(world, found, start.info.get("notes", ()))
         _tell(world, _facts(world, engine, plan, schedule), [str(phases)])
         info = {"ranks": world.size, "stage": engine.stage, "settings": settings.to_dict()}
@@ -166,13 +167,15 @@ def _adapter(settings: Settings, shape: LlamaShape) -> tuple[LoraShape, Mapping[
     asked = LoraShape.of(method, shape)
     if folder is None:
         return asked, {}
+    if not Path(folder).is_dir():
+        lacks = "no such folder; name one adapter, several are merged first (minilora.merge)"
+        raise RequestError([f"adapter_name_or_path: {folder}: {lacks}"])
     lora = read_adapter_shape(Path(folder), shape, method.lora_dropout)
     problems = [
         f"{settings.name_of(key)}: {mine} contradicts the {has} of {folder}; remove the key"
         for key, mine, has in (
             ("lora_rank", asked.rank, lora.rank),
             ("lora_alpha", asked.alpha, lora.alpha),
-            ("lora_target", [*asked.layers(shape)], [*lora.layers(shape)]),
             ("use_rslora", asked.use_rslora, lora.use_rslora),
             ("use_dora", asked.use_dora, lora.use_dora),
             ("rank_pattern", asked.rank_pattern, lora.rank_pattern),
@@ -181,6 +184,9 @@ def _adapter(settings: Settings, shape: LlamaShape) -> tuple[LoraShape, Mapping[
         )
         if key in settings.origins and mine != has
     ]
+    if "lora_target" in settings.origins and {*asked.layers(shape)} != {*lora.layers(shape)}:
+        name = settings.name_of("lora_target")
+        problems.append(f"{name} means other layers than those of {folder}; remove the key")
     if problems:
         raise RequestError(problems)
     return lora, read_adapter(Path(folder), lora.parameter_shapes(shape))

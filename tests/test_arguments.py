@@ -1,6 +1,8 @@
 """From files and command lines to settings: LLaMA-Factory's ways of writing them, broken files."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -284,3 +286,15 @@ def test_help_and_wrong_settings_are_answered_before_torch_is_imported(
     done = subprocess.run([sys.executable, "-c", check, *words], capture_output=True, text=True)
     assert done.returncode == code, done.stderr
     assert time.monotonic() - started < 2  # 0.12 s on a machine with nothing else to do
+
+
+def test_ctrl_c_while_libraries_are_imported_ends_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGINT)")
+    keys = ["--model_name_or_path=m", "--dataset=d", "--output_dir=o"]
+    done = subprocess.run(
+        [sys.executable, "-m", "minilora.train", *keys],
+        capture_output=True, text=True, env={**os.environ, "PYTHONPATH": f"{tmp_path}:."},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
+    assert done.returncode == 130
+    assert done.stderr == "error: SIGINT: stopped before the start\n"

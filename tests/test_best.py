@@ -197,7 +197,10 @@ def test_the_requests_that_the_trainer_refuses_are_refused() -> None:
     (problem,) = problems("--early_stopping_steps=2")
     assert "early_stopping_steps (command line) counts validations" in problem
     both = problems(judging, "--early_stopping_steps=2", "--eval_dataset=d", held)
-    assert len(both) == 3, "all at once"
+    assert len(both) == 4, "all at once"
+    for key in ("val_size=0.1", "eval_dataset=d"):
+        (problem,) = problems(f"--{key}")
+        assert f"{key.split('=')[0]} (command line): nothing validates with these rows" in problem
     (problem,) = problems("--metric_for_best_model=rouge")
     assert "is not one of eval_loss, loss, eval_accuracy, accuracy" in problem
 

@@ -53,6 +53,7 @@ def validated(ground: Ground, launch: Callable[..., tuple[int, str]]) -> Jobs:
         "eval_strategy": "no",
         "output_dir": str(ground.folder / "unseen"),
     }
+    del jobs["none"]["eval_dataset"]
     names = ("1", "dropout", "share", "none", "still", "small")
     run_jobs(launch, 1, [jobs[name] for name in names])
     run_jobs(launch, 3, [jobs["3"], jobs["small-3"]])

@@ -22,6 +22,7 @@ from minilora.files.adapter import WEIGHTS, write_adapter
 from minilora.files.snapshot import (
     DRAFT,
     PREFIX,
+    STATE,
     check_room,
     claimed,
     find_snapshot,
@@ -284,3 +285,14 @@ def test_leftovers_of_an_earlier_run_go_first(tmp_path: Path) -> None:
     (tmp_path / f"{PREFIX}6{DRAFT}").mkdir()
     prune(tmp_path, 2, tmp_path / f"{PREFIX}4")
     assert {path.name for path in tmp_path.iterdir()} == {f"{PREFIX}2", f"{PREFIX}4"}
+
+
+def test_the_newest_snapshot_is_the_one_written_last(tmp_path: Path) -> None:
+    """An earlier run in the folder got to step 900; a copy gives every file another time."""
+    for step, info in ((900, {"written": 1.0}), (950, {}), (3, {"written": 2.0}), (2, {})):
+        folder = tmp_path / f"{PREFIX}{step}"
+        folder.mkdir()
+        (folder / STATE).write_text(json.dumps({"info": info}))
+    assert find_snapshot(tmp_path, "true") == tmp_path / f"{PREFIX}3"
+    (tmp_path / f"{PREFIX}2" / STATE).write_text("{")
+    assert find_snapshot(tmp_path, "true") == tmp_path / f"{PREFIX}2", "broken: never in silence"

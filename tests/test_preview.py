@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -83,7 +84,7 @@ def test_what_is_cut_and_dropped_is_counted(
     assert " cut, by " not in preview(capsys, given)
     held = given["dataset"].with_name("held.jsonl")
     held.write_text(given["dataset"].read_text() + '\n{"messages": []}\n', encoding="utf-8")
-    output = preview(capsys, given, eval_dataset=held)
+    output = preview(capsys, given, eval_dataset=held, eval_strategy="epoch")
     assert "40 documents to validate with (40 rows used, 1 dropped; 1: " in output
 
 
@@ -199,3 +200,18 @@ def test_wrong_requests_are_refused(
     words = [f"--{key}={value}" for key, value in given.items()]
     assert main([*words, *(word.replace("@", str(tmp_path)) for word in more)]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_documents_beyond_what_the_model_was_made_for_are_told(
+    given: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(given["model_name_or_path"], tmp_path / "model")
+    longest, file = max(lengths_of(given)), tmp_path / "model" / "config.json"
+    for positions in (longest, longest - 1):
+        config = json.loads(file.read_text()) | {"max_position_embeddings": positions}
+        file.write_text(json.dumps(config))
+        output = preview(capsys, given, model_name_or_path=tmp_path / "model")
+        told = f"the longest document has {longest:,} tokens, and the base model was made for"
+        assert (f"{told} {positions:,} (max_position_embeddings)" in output) == (
+            positions < longest
+        )

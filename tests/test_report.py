@@ -43,6 +43,7 @@ def record(step: int) -> StepRecord:
         labelled=10 * step,
         tokens=100 + step,
         documents=step + 1,
+        seconds=0.01 * step,
         memory={"gpu_memory_used_gib": [1.5, 3.5 + step % 8], "gpu_memory_allocated_gib": [2.5]},
     )
 
@@ -94,7 +95,9 @@ def test_log_lines(tmp_path: Path) -> None:
         assert line["total_tokens"] == sum(100 + step for step in range(1, last + 1))
         assert line["gpu_memory_used_gib"] == [1.5, 3.5 + last % 8]
         assert line["gpu_memory_allocated_gib"] == [2.5]
-        assert line["throughput"] > 0
+        steps = range(first, last + 1)  # the seconds of the steps alone, whatever lies between
+        speed = sum(100 + step for step in steps) / sum(0.01 * step for step in steps)
+        assert line["throughput"] == pytest.approx(speed, rel=1e-12)
         assert re.fullmatch(r"\d+:\d\d:\d\d", line["elapsed_time"])
         assert re.fullmatch(r"\d+:\d\d:\d\d", line["remaining_time"])
     assert lines[-1]["remaining_time"] == "0:00:00"
@@ -109,8 +112,8 @@ def test_times_are_seconds(tmp_path: Path) -> None:
     first, second = read_log(tmp_path / "trainer_log.jsonl")
     assert first["elapsed_time"] == "0:00:01"
     assert first["remaining_time"] == "0:00:04"
-    assert 101 / 1.5 < first["throughput"] < 101 / 1.05
-    assert second["throughput"] > 1000  # the speed since the last line
+    assert first["throughput"] == pytest.approx(101 / 0.01)  # of the step, not of what came before
+    assert second["throughput"] == pytest.approx(102 / 0.02)
     results = json.loads((tmp_path / "train_results.json").read_text())
     assert 1.05 <= results["train_runtime"] < 3
     assert results["train_samples_per_second"] == pytest.approx(5 / results["train_runtime"])

@@ -98,7 +98,7 @@ WEIGHTS: dict[str, tuple[Break, list[str]]] = {
     "weight: infinite": (norm(torch.full((32,), torch.inf)), [NORM, "holds NaN or infinite"]),
     "weight: pickle alone": (both(drop(INDEX), put("model/pytorch_model.bin", b"x")),
                              ["weights are read from safetensors files"]),
-    "model: nowhere": (ask(model_name_or_path="@/no"), ["@/no: no such folder; download the"]),
+    "model: nowhere": (ask(model_name_or_path="@/no"), ["model_name_or_path: @/no: no such f"]),
     "model: of a hub": (ask(model_name_or_path="meta-llama/Llama-3.1-8B"), ["download the model"]),
     "model: endless name": (ask(model_name_or_path="x" * 5000), ["File name too long"]),
 }  # fmt: skip
@@ -156,7 +156,7 @@ TOKENS: dict[str, tuple[Break, list[str]]] = {
     "template: changes": (template("{{ messages.append(1) }}"), ["refuses it", "unsafe"]),
 }  # fmt: skip
 ADAPTER: dict[str, tuple[Break, list[str]]] = {
-    "nowhere": (ask(adapter_name_or_path="@/no"), ["@/no/adapter_config.json: no such file"]),
+    "nowhere": (ask(adapter_name_or_path="@/no"), ["adapter_name_or_path: @/no: no such folder"]),
     "a whole model": (ask(adapter_name_or_path="@/model"), ["adapter_config.json: no such file"]),
     "no weights": (both(drop("adapter/adapter_model.safetensors"), adapter()),
                    ["adapter_model.safetensors: no such file; no other format is read"]),
@@ -178,9 +178,11 @@ ADAPTER: dict[str, tuple[Break, list[str]]] = {
     "no expression": (ask(lora_target="*_proj"), ["lora_target: '*_proj' is no regular"]),
     "everything": (ask(lora_target=".*"), ["matches embed_tokens, lm_head; those get no LoRA"]),
     "norms": (ask(additional_target="norm"), ["additional_target: norm cannot be trained whole"]),
+    "two adapters": (ask(adapter_name_or_path="@/a,@/b"), ["adapter_name_or_path: @/a,@/b: no"]),
     "contradicts the rank": (both(adapter(), ask(lora_rank=16)),
                              ["lora_rank (command line): 16 contradicts the 4", "remove the key"]),
-    "contradicts the layers": (both(adapter(), ask(lora_target="q_proj")), ["lora_target (comm"]),
+    "contradicts the layers": (both(adapter(), ask(lora_target="q_proj")),
+                               ["means other layers than those"]),
     "unknown layers": (ask(lora_target="q_proj,wq"), ["no layer is called wq; known: q_proj"]),
 }  # fmt: skip
 GROUPS = {"weights": WEIGHTS, "config.json": CONFIG, "tokens": TOKENS, "adapter": ADAPTER,

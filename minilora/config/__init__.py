@@ -238,6 +238,7 @@ class Settings:
         gather, tile = self.train.gather_tokens, self.train.tile_tokens
         train, judges = self.train, "load_best_model_at_end"
         validates = train.eval_strategy != "no"
+        held = "eval_dataset" if data.eval_dataset else "val_size"
         loads = train.load_best_model_at_end and validates
         wrong = {
             f"{name('mask_history')} and {name('train_on_prompt')} contradict each other: "
@@ -254,6 +255,8 @@ class Settings:
                 and self.train.keep_blocks is not None,
             f"{name('eval_strategy')}: nothing to validate with; give eval_dataset or val_size":
                 self.train.eval_strategy != "no" and not held_out,
+            f"{name(held)}: nothing validates with these rows; set eval_strategy: epoch, or "
+            "steps, or remove the key": held_out and not validates,
             f"{name('eval_dataset')} and {name('val_size')}: give one of them":
                 bool(data.eval_dataset and data.val_size),
             f"{name('early_stopping_steps')} counts validations: set eval_strategy":

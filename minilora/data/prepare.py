@@ -46,7 +46,8 @@ def prepare(settings: Settings, colour: bool) -> Prepared:
     elif data.val_size:
         encoded, held_out = _hold_out(encoded, data.val_size, settings.train.seed)
     documents, validation = Documents.of(encoded), Documents.of(held_out)
-    known = read_json(folder / "config.json").get("vocab_size")
+    config = read_json(folder / "config.json")
+    known, made_for = config.get("vocab_size"), config.get("max_position_embeddings")
     highest = int(max(documents.tokens.max(), *validation.tokens.max(initial=0, keepdims=True)))
     if isinstance(known, int) and highest >= known:
         raise RequestError(
@@ -61,6 +62,12 @@ def prepare(settings: Settings, colour: bool) -> Prepared:
         + (f"; {len(validation)} documents to validate with" if held_out else "")
         + (f" ({held_tally.summary()})" if held_tally else "")
     )
+    longest = int(max(documents.lengths.max(), *validation.lengths.max(initial=0, keepdims=True)))
+    if isinstance(made_for, int) and longest > made_for:
+        summary += (
+            f"\nthe longest document has {longest:,} tokens, and the base model was made for "
+            f"{made_for:,} (max_position_embeddings): lower cutoff_len"
+        )
     sample = show(tokenizer, encoded[0], colour)
     return Prepared(documents, validation, summary, sample, tokenizer)
 

@@ -118,10 +118,23 @@ def _converter(source: Source, rows: list[Row], stage: str) -> Callable[[Any], t
         raise RequestError([f"{source.path}: has no rows"])
     found = set(chain.from_iterable(row.value for row in rows if isinstance(row.value, dict)))
     formatting = _formatting(source, found, stage)
+    if formatting != "text" and source.formatting is None and _any_tools(rows):
+        raise RequestError(
+            [
+                f"{source.path}: rows have tools, which would be left out of the prompt; write them"
+                " into the system message, or remove the column"
+            ]
+        )
     tags = (OPENAI_TAGS if formatting == "openai" else SHAREGPT_TAGS) | dict(source.tags)
     return partial(
         to_turns, formatting=formatting, columns=_columns(source, formatting, found), tags=tags
     )
+
+
+def _any_tools(rows: list[Row]) -> bool:
+    """Whether some row describes tools; LLaMA-Factory writes an empty list as text."""
+    given = (row.value.get("tools") for row in rows if isinstance(row.value, dict))
+    return any(tools and tools != "[]" for tools in given)
 
 
 def _formatting(source: Source, found: set[str], stage: str) -> str:

@@ -112,7 +112,7 @@ def _from_entry(name: str, entry: Any, info_path: Path) -> Source:
         problems.append(f"formatting {formatting!r} is not one of alpaca, sharegpt, openai")
     known = {"file_name", "formatting", "columns", "tags", "num_samples", "file_sha1"}
     if unknown := [key for key in entry if key not in known and entry[key]]:
-        problems.append(f"not supported: {', '.join(unknown)}")
+        problems.append(f"not supported: {', '.join(unknown)}; remove it from the entry")
     columns, tags = entry.get("columns", {}), entry.get("tags", {})
     for key, table, allowed in (
         ("columns", columns, {"prompt", "response", "messages", *OPTIONAL_COLUMNS}),
@@ -121,7 +121,8 @@ def _from_entry(name: str, entry: Any, info_path: Path) -> Source:
         if not isinstance(table, dict) or not all(isinstance(v, str) for v in table.values()):
             problems.append(f"{key} must map names to names")
         elif set(table) - allowed:
-            problems.append(f"{key} not supported: {', '.join(sorted(set(table) - allowed))}")
+            unknown = sorted(set(table) - allowed)
+            problems.append(f"{key} not supported: {', '.join(unknown)}; remove it from the entry")
     if samples is not None and (type(samples) is not int or samples < 1):
         problems.append(f"num_samples must be a whole number above 0, not {samples!r}")
     path = info_path.parent / entry["file_name"]

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
 import shutil
 import socket
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +65,8 @@ def write_snapshot(
     write_adapter(draft, adapter, lora, base)
     if moments:
         write_atomically(draft / TENSORS, save({**adapter, **moments}, {"format": "pt"}))
-        write_atomically(draft / STATE, (json.dumps(asdict(state), indent=2) + "\n").encode())
+        dated = asdict(replace(state, info={**state.info, "written": time.time()}))
+        write_atomically(draft / STATE, (json.dumps(dated, indent=2) + "\n").encode())
     shutil.rmtree(final, ignore_errors=True)
     os.replace(draft, final)
     _sync(output)
@@ -161,10 +164,26 @@ def find_snapshot(output: Path, request: str | None) -> Path | None:
     if request is None or request.lower() == "false":
         return None
     if request.lower() == "true":
-        return next((f for f in reversed(_snapshots(output)) if (f / STATE).exists()), None)
+        whole = [folder for folder in reversed(_snapshots(output)) if (folder / STATE).exists()]
+        return max(whole, key=_written, default=None)
     if not (Path(request) / STATE).exists():
-        raise RequestError([f"resume_from_checkpoint: {request} holds no {STATE}"])
+        raise RequestError(
+            [
+                f"resume_from_checkpoint: {request} holds no {STATE}; name a {PREFIX}N of "
+                "minilora's, or begin anew from an adapter: adapter_name_or_path"
+            ]
+        )
     return Path(request)
+
+
+def _written(folder: Path) -> float:
+    """When a snapshot was written: an earlier run in the folder may have left greater numbers."""
+    try:
+        return float(read_json(folder / STATE)["info"]["written"])
+    except RequestError:
+        return math.inf  # broken, which is said when it is read
+    except (KeyError, TypeError, ValueError):
+        return 0.0
 
 
 def read_state(folder: Path) -> State:

@@ -66,7 +66,8 @@ class Piece:
 def read_config(folder: Path) -> tuple[dict[str, Any], LlamaShape]:
     """Read config.json alone. Raises RequestError."""
     if not folder.is_dir():
-        raise RequestError([f"{folder}: no such folder; download the model, and name its folder"])
+        lacks = "no such folder; download the model, and name its folder"
+        raise RequestError([f"model_name_or_path: {folder}: {lacks}"])
     config = read_json(folder / "config.json")
     return config, LlamaShape.from_config(config, str(folder / "config.json"))
 

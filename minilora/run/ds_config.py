@@ -83,10 +83,10 @@ def resolve_ds_config(path: Path, train: TrainSettings, facts: Facts) -> dict[st
     kind = (config.pop("optimizer", None) or {}).get("type", "AdamW")
     if kind not in ("AdamW", "Adam"):
         problems.append(f"optimizer.type is {kind}: minilora trains with AdamW; remove the section")
-    _add_monitors(config, train, problems)
     problems += [f'{keys}: "auto" is not known here; give a value' for keys in _autos(config)]
+    problems = [f"{path}: {problem}" for problem in problems] + _add_monitors(config, train)
     if problems:
-        raise RequestError([f"{path}: {problem}" for problem in problems])
+        raise RequestError(problems)
     config.pop("train_batch_size", None)
     config["train_micro_batch_size_per_gpu"] = (
         train.per_device_train_batch_size * train.gradient_accumulation_steps
@@ -121,8 +121,12 @@ def _form_problems(config: Mapping[str, Any]) -> list[str]:
     return sorted(problems)
 
 
-def _add_monitors(config: dict[str, Any], train: TrainSettings, problems: list[str]) -> None:
-    """Switch on DeepSpeed's monitors that `report_to` names; their sections may say more."""
+def _add_monitors(config: dict[str, Any], train: TrainSettings) -> list[str]:
+    """Switch on DeepSpeed's monitors that `report_to` names; their sections may say more.
+
+    Returns a problem for each package that is not installed.
+    """
+    problems = []
     usual: dict[str, dict[str, Any]] = {
         "tensorboard": {"output_path": train.output_dir, "job_name": "runs"},
         "wandb": {"project": "minilora"},
@@ -133,6 +137,7 @@ def _add_monitors(config: dict[str, Any], train: TrainSettings, problems: list[s
             config[section] = given = {**usual.get(name, {}), **given, "enabled": True}
         if isinstance(given, dict) and given.get("enabled") and find_spec(package) is None:
             problems.append(f"report_to {name} needs a package: pip install {package}")
+    return problems
 
 
 def zero_stage(config: Mapping[str, Any]) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import signal
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -131,6 +132,7 @@ def _step(
     world: World, engine: Engine, job: Job, step: int, stop: StopRequest
 ) -> tuple[StepRecord, int]:
     """One optimizer step. Returns what it did, and the signal that some rank got, or 0."""
+    begin = time.monotonic()
     settings, rows = job.settings.train, job.schedule.rows(step)
     batch = _batch(world, job, job.documents, rows, step)
     # DeepSpeed averages gradients over ranks, so this makes them the mean over all tokens.
@@ -156,6 +158,7 @@ def _step(
         grad_norm=norm,
         learning_rate=rate,
         epoch=job.schedule.epoch(step),
+        seconds=time.monotonic() - begin,
         memory=memory,
     )
     return record, number

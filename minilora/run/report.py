@@ -27,6 +27,7 @@ class StepRecord:
 
     step: counted from 1; epoch: passes over the data after this step
     loss: mean over the step's labelled tokens; labelled, tokens, documents: how many it had
+    seconds: what it took, without the validations and snapshots between steps
     memory: figures in GiB, for each the value of every rank; the most telling figure first
     """
 
@@ -38,6 +39,7 @@ class StepRecord:
     labelled: int
     tokens: int
     documents: int
+    seconds: float
     memory: Mapping[str, Sequence[float]] = dataclasses.field(default_factory=dict)
 
 
@@ -89,8 +91,8 @@ class Report:
         self._train, self._total_steps, self._active = train, total_steps, active
         self._folder = Path(train.output_dir)
         self._started_with = dataclasses.replace(self.totals)
-        self._start = self._window_start = self._last_step = time.monotonic()
-        self._window_tokens = 0
+        self._start = time.monotonic()
+        self._window_tokens, self._window_seconds = 0, 0.0
         self._memory: dict[str, float] = {}
         self._bar = tqdm(
             total=total_steps,
@@ -125,19 +127,18 @@ class Report:
             return
         self.totals.add(record)
         self._window_tokens += record.tokens
+        self._window_seconds += record.seconds
         for name, values in record.memory.items():
             self._memory[name] = max(*values, self._memory.get(name, 0.0))
-        now = time.monotonic()
         shown = [
             f"loss {record.loss:.4f}",
-            f"{_rate(record.tokens, now - self._last_step):,.0f} tok/s",
+            f"{_rate(record.tokens, record.seconds):,.0f} tok/s",
         ]
         shown += [f"{max(values):.1f} GiB" for values in list(record.memory.values())[:1]]
-        self._last_step = now
         self._bar.set_postfix_str(", ".join(shown), refresh=False)
         self._bar.update()
         if self.writes_at(record.step):
-            self._write_line(record, now)
+            self._write_line(record)
 
     def evaluation(self, step: int, scores: Mapping[str, float]) -> None:
         """Write a log line of the validation after a step. Raises OSError."""
@@ -156,8 +157,8 @@ class Report:
         """Whether a log line is due after this step."""
         return step % self._train.logging_steps == 0 or step == self._total_steps
 
-    def _write_line(self, record: StepRecord, now: float) -> None:
-        elapsed = now - self._start
+    def _write_line(self, record: StepRecord) -> None:
+        elapsed = time.monotonic() - self._start
         per_step = elapsed / (record.step - self._started_with.step)
         line = {
             "current_steps": record.step,
@@ -169,11 +170,11 @@ class Report:
             "percentage": 100 * record.step / self._total_steps,
             "elapsed_time": _clock(elapsed),
             "remaining_time": _clock(per_step * (self._total_steps - record.step)),
-            "throughput": _rate(self._window_tokens, now - self._window_start),
+            "throughput": _rate(self._window_tokens, self._window_seconds),
             "total_tokens": self.totals.tokens,
             **record.memory,
         }
-        self._window_start, self._window_tokens = now, 0
+        self._window_tokens, self._window_seconds = 0, 0.0
         with (self._folder / LOG).open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
