@@ -33,7 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RunError as error:
         return 1 if error.told else _refuse(1, [str(error)])
     except KeyboardInterrupt:  # before signals raise Stopped
-        print("error: SIGINT: stopped before the start", file=sys.stderr, flush=True)
+        if os.environ.get("RANK", "0") == "0":
+            print("error: SIGINT: stopped before the start", file=sys.stderr, flush=True)
         return 130
     except Stopped as stopped:
         return _refuse(128 + stopped.number, [str(stopped)])
