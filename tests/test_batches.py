@@ -1,5 +1,6 @@
 """The step order and the split over ranks, against slow restatements."""
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -142,6 +143,25 @@ def test_long_documents_count_for_their_attention_too() -> None:
     assert dealt == [[0, 5, 7], [0]]
 
 
+def test_of_equal_documents_the_first_is_dealt_first() -> None:
+    """The order is the same on every machine: numpy's other kinds of sort are not."""
+    lengths = [5 + row % 3 for row in range(40)]
+    documents = Documents.of([(np.zeros(n, np.int32), np.ones(n, np.bool_)) for n in lengths])
+    (step,) = steps_of_all_ranks(documents, list(range(40)), 1, TileLimits())
+    assert step.local_rows.tolist() == sorted(range(40), key=lambda row: -lengths[row])
+
+
+def test_a_document_goes_where_it_leaves_least_room_and_all_ranks_count_the_spans_of_all() -> None:
+    documents = Documents.of([(np.zeros(n, np.int32), np.ones(n, np.bool_)) for n in (6, 5, 4, 3, 2)])
+    (step,) = steps_of_all_ranks(documents, list(range(5)), 1, TileLimits(tile_tokens=10))
+    assert step.spans[0].tiles == ((6, 4), (5, 3, 2))
+    steps = steps_of_all_ranks(documents, [0, 2, 3], 2, TileLimits(6, 6))
+    assert [[span.tiles for span in step.spans] for step in steps] == [
+        [((6,),), ((1,),)],
+        [((4,),), ((3,),)],
+    ]
+
+
 def test_ranks_without_documents_get_one_token_without_a_label() -> None:
     documents = some_documents(5, seed=3)
     steps = steps_of_all_ranks(documents, [4], 3, TileLimits())
@@ -282,3 +302,12 @@ def test_a_resumed_schedule_with_another_step_size_loses_and_repeats_no_document
     later = [row for step in range(3, rest.total_steps) for row in rest.rows(step)]
     everything = [row for step in range(whole.total_steps) for row in whole.rows(step)]
     assert done + later == everything
+
+
+@pytest.mark.parametrize("epochs", [0.5, 1, 1.5, 2])
+def test_a_run_that_has_done_more_than_it_is_asked_for_has_no_step_left(epochs: float) -> None:
+    """47 documents in steps of 6: 8 an epoch. Done are 2 steps more than asked, or 3 epochs."""
+    for steps in (math.ceil(8 * epochs) + 2, 24):
+        rows = steps // 8 * 47 + steps % 8 * 6
+        fields = {"num_train_epochs": epochs, "done_steps": steps, "done_rows": rows}
+        assert Schedule(np.full(47, 10), 7, 6, **fields).total_steps == steps

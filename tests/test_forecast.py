@@ -54,7 +54,7 @@ def test_no_step_has_more_than_the_trial_computes(packing: bool, ranks: int) -> 
         rows = int(source.integers(1, 12)) * ranks
         schedule = Schedule(documents.lengths, 1, rows, 120, packing, num_train_epochs=2)
         limits = TileLimits(tile, gather)
-        even = float(source.choice([np.inf, 1000, 120]))  # longest: 120 tokens
+        even = float(source.choice([np.inf, 120, 2]))  # longest: 120 tokens
         worst = worst_span(documents, most_tokens(schedule, ranks, even), limits)
         bounds = [len(worst.token_ids), max(map(sum, worst.tiles)), max(map(max, worst.tiles))]
         labels = int((worst.labels >= 0).sum())
@@ -82,6 +82,17 @@ def test_the_trial_is_no_larger_than_equal_rows_make_it() -> None:
         assert most == 800 if not packing else 800 <= most <= 850
         span = worst_span(documents, 800, TileLimits(120, 400))
         assert span.tiles == ((50, 50, 20), (50, 50, 20), (50, 50, 20), (40,))
+
+
+def test_the_trial_has_what_a_step_can_have_and_no_more() -> None:
+    """Four rows in a step of 3 ranks: one rank has two. Two long ones, as much work as the rest."""
+    equal = Schedule(np.full(60, 30), 1, 3, 40, packing=True)
+    assert most_tokens(equal, 3, np.inf) == 60
+    assert most_tokens(replace(equal, lengths=np.full(1, 30)), 3, np.inf) == 30
+    assert most_tokens(equal, 3, 1.0) == 120  # the step's room
+    documents = Documents.of([(np.zeros(49, np.int32), np.arange(49) == 48)] * 9)
+    span = worst_span(documents, 49, TileLimits())
+    assert (span.labels >= 0).sum() == 1  # 49 * (1 / 49) is less than 1
 
 
 def huge_checkpoint(folder: Path, tiny: Path) -> Path:
