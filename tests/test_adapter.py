@@ -92,6 +92,20 @@ def test_names_and_keys_are_exactly_pefts(
     assert all((folder / name).read_bytes() == (tiny / name).read_bytes() for name in beside)
 
 
+def test_the_tokenizer_is_kept_beside_the_adapter(tmp_path: Path) -> None:
+    """All that transformers' save_pretrained writes of one with a template."""
+    files = {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"}
+    files |= {"chat_template.jinja"}
+    base = tmp_path / "base"
+    base.mkdir()
+    for name in files:
+        (base / name).write_text(name)
+    write_adapter(tmp_path / "out", {}, LoraShape(3, 12, 0.0, TARGETS), base)
+    held = {path.name: path.read_text() for path in (tmp_path / "out").iterdir()}
+    assert held.keys() == {*files, WEIGHTS, CONFIG}
+    assert all(held[name] == name for name in files)
+
+
 def test_a_power_cut_leaves_whole_files_and_no_half_snapshot(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     written: tuple[Path, LoraShape, dict[str, Tensor]],
@@ -208,10 +222,11 @@ def test_the_check_after_writing_finds_every_fault(
         save_file(tampered, folder / WEIGHTS)
         with pytest.raises(RunError, match=message):
             check_adapter(folder, tensors)
-    broken = {**tensors, next(iter(tensors)): torch.full((3, 32), torch.nan)}
-    write_adapter(folder, broken, written[1], folder)
-    with pytest.raises(RunError, match="empty or not finite"):
-        check_adapter(folder, broken)
+    for wrong in (torch.full((3, 32), torch.nan), torch.empty(0)):
+        broken = {**tensors, next(iter(tensors)): wrong}
+        write_adapter(folder, broken, written[1], folder)
+        with pytest.raises(RunError, match="empty or not finite"):
+            check_adapter(folder, broken)
     (folder / WEIGHTS).write_bytes(b"")
     with pytest.raises(RunError, match="cannot be read back"):
         check_adapter(folder, tensors)

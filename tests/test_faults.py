@@ -22,6 +22,7 @@ from minilora.files.adapter import WEIGHTS, write_adapter
 from minilora.files.snapshot import (
     DRAFT,
     PREFIX,
+    STATE,
     check_room,
     claimed,
     find_snapshot,
@@ -283,6 +284,20 @@ def test_output_dir_needs_room_and_leave_to_write(
     for refuse in (lambda: check_room(small / "out", 0), claimed(small / "out").__enter__):
         with pytest.raises(RequestError, match=f"output_dir: {small}.* cannot be written"):
             refuse()
+
+
+def test_the_newest_snapshot_is_found_by_its_number_if_it_can_be_gone_on_from(
+    tmp_path: Path,
+) -> None:
+    """After 9 comes 10; 11 is an adapter alone, 12 a file, 13 a draft."""
+    for name in ("9", "10", "11", f"13{DRAFT}"):
+        (tmp_path / f"{PREFIX}{name}").mkdir()
+        if name != "11":
+            (tmp_path / f"{PREFIX}{name}" / STATE).touch()
+    (tmp_path / f"{PREFIX}12").touch()
+    assert find_snapshot(tmp_path, "true") == tmp_path / f"{PREFIX}10"
+    prune(tmp_path, 1, tmp_path / f"{PREFIX}11")
+    assert {path.name for path in tmp_path.iterdir()} == {f"{PREFIX}11", f"{PREFIX}12"}
 
 
 def test_leftovers_of_an_earlier_run_go_first(tmp_path: Path) -> None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
+import psutil
+import pytest
 import torch
 
-from minilora.run.memory import is_out_of_memory, phase_of, read_memory
+from minilora.run.memory import free_memory, is_out_of_memory, phase_of, read_memory
 
 
 def test_phases_are_read_off_the_traceback() -> None:
@@ -28,6 +31,16 @@ def test_phases_are_read_off_the_traceback() -> None:
     hidden, targets = torch.zeros(1, 4, requires_grad=True), torch.zeros(1, dtype=torch.int64)
     strange = raised(lambda: head_loss(hidden, torch.zeros(3, 5), targets, 1.0))
     assert phase_of(strange) == "loss"
+
+
+def test_processes_share_what_the_machine_has_free() -> None:
+    """As psutil reads it; a container may have less."""
+    free = [free_memory(torch.device("cpu"), processes) for processes in (1, 4)]
+    available = psutil.virtual_memory().available
+    assert free[0] < 1.015 * available
+    assert free[1] == pytest.approx(free[0] / 4, rel=0.05)
+    if not Path("/sys/fs/cgroup/memory.max").exists():
+        assert free[0] == pytest.approx(available, rel=0.015)
 
 
 def test_memory_of_this_process_grows_with_what_it_holds() -> None:
