@@ -84,7 +84,9 @@ def happen(what: str, output: Path) -> None:
     elif word == "echo":  # as launchers pass on what the terminal has sent to all already
         subprocess.Popen(["sh", "-c", f"sleep 0.4; kill -TERM {os.getpid()}"])
     elif word == "flip":  # a byte of the newest adapter: the disk keeps something else
-        newest = max(output.rglob("adapter_model.safetensors"), key=lambda path: path.stat().st_mtime)
+        newest = max(
+            output.rglob("adapter_model.safetensors"), key=lambda path: path.stat().st_mtime
+        )
         data = newest.read_bytes()
         newest.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
     elif word == "move":

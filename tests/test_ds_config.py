@@ -119,7 +119,7 @@ def test_report_to_switches_deepspeeds_monitors_on(
 
 
 def test_a_file_that_says_nothing_leaves_it_to_the_settings(tmp_path: Path) -> None:
-    """DeepSpeed's own defaults are no clipping, no bf16, and its Adam where states are offloaded."""
+    """DeepSpeed's own defaults: no clipping, no bf16, its own Adam for offloaded states."""
     assert resolve(tmp_path, {"train_batch_size": 112}) == {
         "train_micro_batch_size_per_gpu": 16,
         "gradient_accumulation_steps": 1,

@@ -15,12 +15,12 @@ from test_model import ours, random_llama, tiles_of
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from minilora.model import recompute
 from minilora.model.dropout import SeededDropout
 from minilora.model.llama import Llama
 from minilora.model.lora import inject, lora_parameters
 from minilora.model.lora_shape import LoraShape
 from minilora.model.offload import HostStore
-from minilora.model.recompute import keep, recompute
 from minilora.model.tiles import Piece, document_tiles
 
 LENGTHS = (7, 20, 5, 11, 3)
@@ -211,7 +211,7 @@ def test_frozen_parameters_get_no_gradient() -> None:
     assert all(p.grad is None for name, p in model.named_parameters() if name not in trained)
 
 
-@pytest.mark.parametrize("run", [recompute, keep])
+@pytest.mark.parametrize("run", [recompute.recompute, recompute.keep])
 def test_bf16_tiles_sum_in_fp32(run: Any) -> None:
     """600 tiles with a gradient of 1 each: in bf16 256 + 1 is 256."""
     hidden = torch.ones(600, 4, dtype=torch.bfloat16, requires_grad=True)
