@@ -188,6 +188,10 @@ def test_each_advice_saves_what_it_says(file: str, keep: int, phase: str) -> Non
         assert (f"costs {more:.3g} GB more to gather" in rest) is (
             more > 0 and "PCIe" not in rest and "one more forward" not in rest
         )
+        # 80 Gbit are 10 GB; the inputs of 32 blocks, in bf16, go out and come back.
+        assert ("more to gather" not in rest) or f"{more / 10:.2g} s at 80 Gbit/s" in rest
+        moved = 2 * 32 * 32768 * 4096 * 2 / 1e9
+        assert ("beside the computation" not in rest) or f"{moved:.3g} GB a step over PCIe" in rest
 
 
 def test_the_levers_need_what_the_plan_says(
