@@ -31,7 +31,7 @@ from minilora.plan import main as plan
 from minilora.run.budget import GIB, budget
 from minilora.run.forecast import Forecast
 from minilora.run.gathers import Zero
-from minilora.run.options import Option, advice
+from minilora.run.options import Option, advice, best, options
 
 NAMES = ("zero3", "zero2", "zero0", "zero3_offload")
 FILES = {
@@ -192,6 +192,39 @@ def test_each_advice_saves_what_it_says(file: str, keep: int, phase: str) -> Non
         assert ("more to gather" not in rest) or f"{more / 10:.2g} s at 80 Gbit/s" in rest
         moved = 2 * 32 * 32768 * 4096 * 2 / 1e9
         assert ("beside the computation" not in rest) or f"{moved:.3g} GB a step over PCIe" in rest
+
+
+@pytest.mark.parametrize("phase", ["recompute", "loss"])
+@pytest.mark.parametrize("limit", [8, 23.64])
+def test_advice_takes_the_mildest_value_that_saves_a_tenth(phase: str, limit: float) -> None:
+    setup = article(rank=16, zero=FILES["zero3"])
+    asked = Option("zero3", setup, budget(setup))
+    goal = 0.9 * min(limit * GIB, asked.budget.phases[phase])
+    lines = advice(asked, {}, phase, int(limit * GIB))
+    found = [re.match(r"(gather|tile|loss)_tokens: (\d+) saves \S+ GiB, costs", x) for x in lines]
+    for kind, value in (one.groups() for one in found if one):
+        least = {"gather": setup.tile_tokens, "tile": 128, "loss": 64}[kind]
+        there = [budget(replace(setup, **{f"{kind}_tokens": int(value) * n})).phases[phase]
+                 for n in (1, 2)]  # fmt: skip
+        assert there[0] <= goal < there[1] or (there[0] > goal and int(value) == least)
+    assert any(found)
+
+
+@pytest.mark.parametrize("gib", [6, 8, 10, 12, 16, 24, 48, 80])
+def test_what_is_recommended_fits_well_and_fetches_least(gib: int) -> None:
+    setup, limit = article(rank=16, zero=FILES["zero3"]), gib * GIB
+    found = options(Option("zero3", setup, budget(setup)), {**FILES})
+    chosen = best(found, limit)
+    for worth in (
+        lambda o: -(o.budget.total <= 0.95 * limit),
+        lambda o: o.setup.zero.offload_param,
+        lambda o: o.budget.gathered,
+        lambda o: -o.setup.keep_blocks,  # the least computed again
+        lambda o: o.setup.offload_activations,  # the least moved
+    ):
+        least = min(map(worth, found))
+        found = [option for option in found if worth(option) == least]
+    assert chosen in found
 
 
 def test_the_levers_need_what_the_plan_says(

@@ -251,6 +251,10 @@ def test_blocks_are_kept_while_they_fit() -> None:
         more = replace(way, keep_blocks=min(expected + 1, 32))
         assert budget(more).total > 0.85 * limit or expected == 32
     assert keeping(article(step_tokens=2048), 24 * 2**30).keep_blocks == 32
+    limit, host = 48 * 2**30, article(rank=16, step_tokens=32768, on_gpu=False)
+    keep = keeping(host, limit).keep_blocks  # of a machine's memory half is left to others
+    fits = [budget(replace(host, keep_blocks=n)).total <= limit / 2 for n in (keep, keep + 1)]
+    assert fits == [True, False]
 
 
 def test_where_nothing_is_gathered_the_step_is_cut_so_that_more_blocks_are_kept() -> None:
@@ -258,6 +262,8 @@ def test_where_nothing_is_gathered_the_step_is_cut_so_that_more_blocks_are_kept(
     way = keeping(alone, limit)
     assert (way.keep_blocks, way.gather_tokens) == (32, 2048)
     assert budget(replace(alone, keep_blocks=13)).total > limit
+    two = Zero.of(json.loads((ROOT / "minilora/ds_configs/zero2.json").read_text()))
+    assert keeping(article(rank=16, step_tokens=32768, zero=two), limit).gather_tokens == 2048
     given = keeping(replace(alone, gather_tokens=32768), limit)
     assert given.gather_tokens == 32768 and 0 < given.keep_blocks < 13
 
