@@ -31,7 +31,7 @@ from minilora.plan import main as plan
 from minilora.run.budget import GIB, budget
 from minilora.run.forecast import Forecast
 from minilora.run.gathers import Zero
-from minilora.run.options import Option, advice, best, options
+from minilora.run.options import Option, advice, best, nearest, options
 
 NAMES = ("zero3", "zero2", "zero0", "zero3_offload")
 FILES = {
@@ -210,11 +210,22 @@ def test_advice_takes_the_mildest_value_that_saves_a_tenth(phase: str, limit: fl
     assert any(found)
 
 
+def test_shorter_documents_are_as_many() -> None:
+    setup = article(rank=16, zero=FILES["zero3"], longest=16384, step_tokens=16 * 16384)
+    offers = nearest(Option("zero3", setup, budget(setup)), {"zero3": setup.zero}, 6 * GIB)
+    assert offers and all(o.setup.longest < 16384 for o in offers)
+    assert all(o.setup.step_tokens == 16 * o.setup.longest for o in offers)
+
+
 @pytest.mark.parametrize("gib", [6, 8, 10, 12, 16, 24, 48, 80])
 def test_what_is_recommended_fits_well_and_fetches_least(gib: int) -> None:
     setup, limit = article(rank=16, zero=FILES["zero3"]), gib * GIB
     found = options(Option("zero3", setup, budget(setup)), {**FILES})
     chosen = best(found, limit)
+    assert all((o.setup.gather_tokens or 10**6) >= o.setup.tile_tokens for o in found), (
+        "else refused"
+    )
+    assert chosen and best(found, int(1.04 * chosen.budget.total)) is not chosen, "5 % are spare"
     for worth in (
         lambda o: -(o.budget.total <= 0.95 * limit),
         lambda o: o.setup.zero.offload_param,

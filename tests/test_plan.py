@@ -121,6 +121,16 @@ def test_the_articles_job_fits_seven_cards_and_not_small_ones(plan: Plan) -> Non
     assert "does not fit: -" in output
 
 
+def test_the_plan_goes_by_the_files_and_types_that_are_asked_for(
+    plan: Plan, tmp_path: Path
+) -> None:
+    own = tmp_path / "own.json"
+    own.write_text((ROOT / "minilora/ds_configs/zero3.json").read_text())
+    _, output = plan(*ARTICLE, "--deepspeed", str(own), "--bf16", "false")
+    assert "deepspeed: own\n" in output and re.search(r"^own +recomputed", output, re.MULTILINE)
+    assert re.search(r"weights, shard +4\.27\n", output), "8.03e9 x 4 B / 7"
+
+
 def test_gathers_take_the_time_that_the_link_takes(plan: Plan) -> None:
     """30.02 GB, of which 6 of 7 parts come from others: 206 Gbit."""
     for link, seconds in (("80", "2.6"), ("20", "10.3")):
@@ -237,6 +247,13 @@ def test_the_articles_sums() -> None:
     assert sizes["Adam moments, fp32"] == pytest.approx(8 * 41_943_040 / 7, rel=1e-3)
     once, twice = 2 * 525_336_576, 32 * 218_103_808  # embedding and head; each block
     assert needs.gathered == pytest.approx(2 * (once + 2 * twice), rel=0.001)
+    away = Zero.of(json.loads((ROOT / "minilora/ds_configs/zero3_offload.json").read_text()))
+    pinned = {term.name: term.bytes for term in budget(article(zero=away)).host}
+    assert pinned["weights, pinned"] == 2 * 8_030_261_248, "the shards of all ranks"
+    assert not Zero.of({"zero_optimization": {"offload_param": {"device": "none"}}}).offload_param
+    alone = budget(article(ranks=1))
+    assert "NCCL, estimate" in sizes and "NCCL, estimate" not in {t.name for t in alone.terms}
+    assert article(step_tokens=7000, longest=1000, gather_tokens=2500).spans == 4, "two in each"
     kept = budget(article(keep_blocks=32))
     assert kept.total > 5 * needs.total
 
