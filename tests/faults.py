@@ -36,6 +36,7 @@ MOMENTS: dict[str, tuple[Any, str]] = {
     "step": (engine.Engine, "step"),
     "log": (loop.Report, "step"),
     "save": (loop, "write_snapshot"),
+    "check": (loop, "check_adapter"),
     "file of a save": (snapshot, "write_atomically"),
     # What a phase calls first, or it alone: not our functions, for they would be the phase's frame.
     "gather": (sys.modules["deepspeed.runtime.zero.partition_parameters"], "_dist_allgather_fn"),
@@ -82,6 +83,12 @@ def happen(what: str, output: Path) -> None:
         subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(output)], check=True)
     elif word == "echo":  # as launchers pass on what the terminal has sent to all already
         subprocess.Popen(["sh", "-c", f"sleep 0.4; kill -TERM {os.getpid()}"])
+    elif word == "flip":  # a byte of the newest adapter: the disk keeps something else
+        newest = max(
+            output.rglob("adapter_model.safetensors"), key=lambda path: path.stat().st_mtime
+        )
+        data = newest.read_bytes()
+        newest.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
     elif word == "move":
         output.rename(f"{output}-away")
     else:

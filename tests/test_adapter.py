@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from minilora.files.adapter import (
     read_adapter_shape,
     write_adapter,
 )
+from minilora.files.snapshot import STATE, TENSORS, State, write_snapshot
 from minilora.files.weights import Piece, read_checkpoint, read_pieces
 from minilora.model.llama import Llama
 from minilora.model.lora import inject, lora_parameters
@@ -88,6 +90,47 @@ def test_names_and_keys_are_exactly_pefts(
     beside = {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"}
     assert {path.name for path in folder.iterdir()} == {CONFIG, WEIGHTS, *beside}
     assert all((folder / name).read_bytes() == (tiny / name).read_bytes() for name in beside)
+
+
+def test_the_tokenizer_is_kept_beside_the_adapter(tmp_path: Path) -> None:
+    """All that transformers' save_pretrained writes of one with a template."""
+    files = {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"}
+    files |= {"chat_template.jinja"}
+    base = tmp_path / "base"
+    base.mkdir()
+    for name in files:
+        (base / name).write_text(name)
+    write_adapter(tmp_path / "out", {}, LoraShape(3, 12, 0.0, TARGETS), base)
+    held = {path.name: path.read_text() for path in (tmp_path / "out").iterdir()}
+    assert held.keys() == {*files, WEIGHTS, CONFIG}
+    assert all(held[name] == name for name in files)
+
+
+def test_a_power_cut_leaves_whole_files_and_no_half_snapshot(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    written: tuple[Path, LoraShape, dict[str, Tensor]],
+) -> None:  # fmt: skip
+    """What was renamed was whole on the disk before; what makes a folder valid comes last."""
+    synced, renamed, sync, replace = {}, [], os.fsync, os.replace
+
+    def noted_sync(handle: int) -> None:
+        synced[Path(f"/proc/self/fd/{handle}").resolve()] = os.fstat(handle).st_size
+        sync(handle)
+
+    def noted_replace(old: Path, new: Path) -> None:
+        renamed.append((old, new))
+        if old.is_file():
+            assert synced[old] == old.stat().st_size > 0, old
+        replace(old, new)
+
+    monkeypatch.setattr(os, "fsync", noted_sync)
+    monkeypatch.setattr(os, "replace", noted_replace)
+    _, lora, tensors = written
+    state = State(5, 60, {}, {}, {}, {})
+    folder = write_snapshot(tmp_path / "out", state, tensors, {"moment": torch.ones(2)}, lora, tiny)
+    names = [new.name for _, new in renamed]
+    assert names[0] == WEIGHTS and names[-4:] == [CONFIG, TENSORS, STATE, "checkpoint-5"]
+    assert [*synced][-1] == folder.parent, "the rename itself"
 
 
 def test_reading_gives_back_what_was_written(
@@ -179,10 +222,11 @@ def test_the_check_after_writing_finds_every_fault(
         save_file(tampered, folder / WEIGHTS)
         with pytest.raises(RunError, match=message):
             check_adapter(folder, tensors)
-    broken = {**tensors, next(iter(tensors)): torch.full((3, 32), torch.nan)}
-    write_adapter(folder, broken, written[1], folder)
-    with pytest.raises(RunError, match="empty or not finite"):
-        check_adapter(folder, broken)
+    for wrong in (torch.full((3, 32), torch.nan), torch.empty(0)):
+        broken = {**tensors, next(iter(tensors)): wrong}
+        write_adapter(folder, broken, written[1], folder)
+        with pytest.raises(RunError, match="empty or not finite"):
+            check_adapter(folder, broken)
     (folder / WEIGHTS).write_bytes(b"")
     with pytest.raises(RunError, match="cannot be read back"):
         check_adapter(folder, tensors)

@@ -163,6 +163,10 @@ def test_what_is_left_of_the_best_when_going_on(tmp_path: Path) -> None:
         (old / f"checkpoint-{step}" / WEIGHTS).touch()
     best = Best(["eval_loss", False, "d"], 2, 0.5, str(old / "checkpoint-2"), since=1, due=True)
     assert best_before(train, vars(best), "d", old / "checkpoint-4") == (best, [])
+    never = TrainSettings(load_best_model_at_end=False, eval_strategy="no")
+    assert best_before(never, vars(best), "d", old / "checkpoint-4")[0].step == 0, (
+        "none is looked for"
+    )
     fresh = Best(["eval_loss", False, "other"], due=True)
     found, note = best_before(train, vars(best), "other", old / "checkpoint-4")
     assert found == fresh and "the metric or the validation data changed" in note[0]

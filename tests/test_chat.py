@@ -8,7 +8,7 @@ import pytest
 from llama31 import NORMAL, talk, write_folder
 
 from minilora.config import RequestError
-from minilora.data.chat import encode_texts, fit, make_template, shares, show
+from minilora.data.chat import CHUNK, encode_texts, fit, make_template, shares, show
 from minilora.data.conversations import Conversation, Turn
 from minilora.data.tokenizer import Tokenizer, load_tokenizer
 
@@ -146,6 +146,14 @@ def test_long_conversations_are_cut_and_those_without_an_answer_counted(
         template.encode([lost], cutoff_len=3)
 
 
+def test_a_lone_token_is_nobodys_target(tmp_path: Path) -> None:
+    loop = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    template = make_template(None, load_tokenizer(write_folder(tmp_path, chat_template=loop)))
+    encoded, tally = template.encode([talk("", "a"), talk("b", "a")], cutoff_len=9)
+    assert [len(ids) for ids, _ in encoded] == [2]
+    assert sum(map(len, tally.dropped.values())) == 1
+
+
 def test_train_on_prompt_and_mask_history_reach_the_masks(tokenizer: Tokenizer) -> None:
     template = make_template("llama3", tokenizer)
     conversation = talk("a", "b", "c", "d")
@@ -172,6 +180,7 @@ def test_plain_text_gets_one_bos_and_eos_and_is_cut_into_pieces(tokenizer: Token
     assert [ids.tolist() for ids, _ in pieces] == [whole[0][:-1].tolist()]  # no lone last token
     assert all(trained.all() for _, trained in encoded)
     assert tokenizer.specials["<|eot_id|>"] not in np.concatenate([ids for ids, _ in encoded])
+    assert len(encode_texts(tokenizer, rows[:1] * (2 * CHUNK + 3), cutoff_len=99)) == 2 * CHUNK + 3
 
 
 def test_a_prompt_ends_with_a_question(tokenizer: Tokenizer) -> None:

@@ -119,6 +119,18 @@ def test_report_to_switches_deepspeeds_monitors_on(
     assert "comet" not in config and "wandb" not in resolve(tmp_path, {}, TRAIN)
 
 
+def test_a_file_that_says_nothing_leaves_it_to_the_settings(tmp_path: Path) -> None:
+    """DeepSpeed's own defaults: no clipping, no bf16, its own Adam for offloaded states."""
+    assert resolve(tmp_path, {"train_batch_size": 112}) == {
+        "train_micro_batch_size_per_gpu": 16,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": 1.0,
+        "bf16": {"enabled": True},
+        "steps_per_print": 10**9,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+
+
 def test_everything_wrong_is_said_at_once(tmp_path: Path) -> None:
     with pytest.raises(RequestError) as refused:
         resolve(tmp_path, {**LLAMA_FACTORY, "scheduler": {}, "gradient_clipping": 9})

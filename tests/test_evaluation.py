@@ -54,7 +54,10 @@ def validated(ground: Ground, launch: Callable[..., tuple[int, str]]) -> Jobs:
         "output_dir": str(ground.folder / "unseen"),
     }
     del jobs["none"]["eval_dataset"]
-    names = ("1", "dropout", "share", "none", "still", "small")
+    jobs["epochs"] = {**jobs["1"], "per_device_train_batch_size": 25, "max_steps": 5}
+    jobs["epochs"] |= {"eval_strategy": "epoch", "save_strategy": "epoch"}
+    jobs["epochs"]["output_dir"] = str(ground.folder / "epochs")
+    names = ("1", "dropout", "share", "none", "still", "small", "epochs")
     run_jobs(launch, 1, [jobs[name] for name in names])
     run_jobs(launch, 3, [jobs["3"], jobs["small-3"]])
     return jobs
@@ -85,6 +88,15 @@ def test_batch_packing_and_tiles_do_not_change_the_loss(validated: Jobs) -> None
     (expected,) = scores(validated["still"], "eval_loss")
     for name in ("small", "small-3"):
         assert scores(validated[name], "eval_loss") == pytest.approx([expected], rel=1e-6)
+
+
+def test_strategies_of_epochs_act_at_their_ends_and_at_the_last_step(validated: Jobs) -> None:
+    """75 rows in steps of 25, of which 5."""
+    job, folder = validated["epochs"], Path(validated["epochs"]["output_dir"])
+    lines = map(json.loads, (folder / "trainer_log.jsonl").read_text().splitlines())
+    assert [line["current_steps"] for line in lines if "eval_loss" in line] == [3, 5]
+    assert {path.name for path in folder.glob("checkpoint-*")} == {"checkpoint-3", "checkpoint-5"}
+    assert len(scores(job, "loss")) == 5
 
 
 def test_validation_changes_no_step(validated: Jobs) -> None:

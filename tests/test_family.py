@@ -277,6 +277,17 @@ def test_the_order_of_patterns_is_kept_on_disk(tiny: Path, tmp_path: Path) -> No
     assert {layer.rank for layer in lora.layers(shape).values()} == {2, 3}
 
 
+def test_a_name_or_pattern_begins_where_a_part_of_the_path_does(tiny: Path) -> None:
+    """As in PEFT, for which `proj` is the end of no path, though q_proj ends with it."""
+    shape = read_checkpoint(tiny).shape
+    with pytest.raises(RequestError, match="lora_target: no layer is called proj"):
+        LoraShape.of(MethodSettings(lora_target=("proj",)), shape)
+    with pytest.raises(RequestError, match="rank_pattern: 'proj' matches the end of no path"):
+        LoraShape.of(MethodSettings(rank_pattern={"proj": 2}), shape)
+    peft = with_lora(base_model(tiny), 4, 8, TARGETS, rank_pattern={"proj": 2})
+    assert {len(p) for name, p in peft.named_parameters() if "lora_A" in name} == {4}
+
+
 def test_a_tied_head_is_not_trained_alone(tiny_tied: Path) -> None:
     shape = read_checkpoint(tiny_tied).shape
     with pytest.raises(RequestError, match="additional_target: this checkpoint ties lm_head"):

@@ -22,7 +22,6 @@ from minilora.files.adapter import WEIGHTS, write_adapter
 from minilora.files.snapshot import (
     DRAFT,
     PREFIX,
-    STATE,
     check_room,
     claimed,
     find_snapshot,
@@ -106,7 +105,8 @@ def cases(ground: Ground, tmpfs: Callable[[str], Path | None]) -> list[dict[str,
         case(ground, "stopped", fault("step", "SIGSTOP", (1,), 4), **impatient),
         case(ground, "stopped saving", fault("save", "SIGSTOP", (0,), 2), **impatient),
         case(ground, "slow", fault("tokenising", f"sleep {PATIENCE + 2}"),
-             fault("save", f"sleep {PATIENCE + 2}"), **impatient, save_steps=6),
+             fault("save", f"sleep {PATIENCE + 2}"), **impatient, save_steps=6,
+             link_seconds=PATIENCE),
         case(ground, "hanging", fault("step", "sleep 14", (1,), 4), **impatient),
         case(ground, "no link", fault("links", "sleep 30", (1,)), link_seconds=2),
         case(ground, "asked", fault("step", "echo; SIGTERM", (1,), 3)),
@@ -117,6 +117,10 @@ def cases(ground: Ground, tmpfs: Callable[[str], Path | None]) -> list[dict[str,
              fault("file of a save", "SIGTERM", (0,), 4)),
         case(ground, "moved", fault("log", "move", (0,), 4), ranks=1),
         case(ground, "in use", claimed=True, ranks=1),
+        case(ground, "snapshot spoilt", fault("check", "flip", count=2), **stage0),
+        case(ground, "adapter spoilt", fault("check", "flip"), save_strategy="no", **stage0),
+        case(ground, "still", adapter_name_or_path="null", learning_rate=1e-300, max_steps=1,
+             save_strategy="no", **stage0),
         case(ground, "rate", learning_rate=1e30, warmup_steps=0, lr_scheduler_type="constant"),
         case(ground, "gradient", **great),
         case(ground, "gradient alone", **great, **stage0),
@@ -163,6 +167,9 @@ ENDS: dict[str, tuple[list[int], float, str, int | None]] = {
     "first asked": ([143, 1], 15, "SIGTERM: stopped outside the steps; there is no", None),
     "asked twice": ([-15, 1], 15, "rank 0 (process # ) has ended; the last snapshot is", 2),
     "moved": ([1], 5, "trainer_log.jsonl cannot be written: No such file or directory", None),
+    "snapshot spoilt": ([1], 5, "checkpoint-4/adapter_model.safetensors: base_model.model.", None),
+    "adapter spoilt": ([1], 5, "adapter_model.safetensors: base_model.model.", None),
+    "still": ([1], 1e10, "14 of the adapter's matrices never moved from zero, model.", None),
     "full": ([1, 1], 15, "/out cannot be written: No space left on device; the last", 2),
     "read-only": ([1, 1], 15, "cannot be written: Read-only file system", 2),
 }  # fmt: skip
@@ -285,14 +292,3 @@ def test_leftovers_of_an_earlier_run_go_first(tmp_path: Path) -> None:
     (tmp_path / f"{PREFIX}6{DRAFT}").mkdir()
     prune(tmp_path, 2, tmp_path / f"{PREFIX}4")
     assert {path.name for path in tmp_path.iterdir()} == {f"{PREFIX}2", f"{PREFIX}4"}
-
-
-def test_the_newest_snapshot_is_the_one_written_last(tmp_path: Path) -> None:
-    """An earlier run in the folder got to step 900; a copy gives every file another time."""
-    for step, info in ((900, {"written": 1.0}), (950, {}), (3, {"written": 2.0}), (2, {})):
-        folder = tmp_path / f"{PREFIX}{step}"
-        folder.mkdir()
-        (folder / STATE).write_text(json.dumps({"info": info}))
-    assert find_snapshot(tmp_path, "true") == tmp_path / f"{PREFIX}3"
-    (tmp_path / f"{PREFIX}2" / STATE).write_text("{")
-    assert find_snapshot(tmp_path, "true") == tmp_path / f"{PREFIX}2", "broken: never in silence"

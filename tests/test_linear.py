@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from minilora.model.linear import Pair, linear
 
@@ -53,7 +54,10 @@ def test_an_input_without_gradient_costs_no_product_and_gets_none() -> None:
     made["a"].requires_grad_()
     made["b"].requires_grad_()
     output = linear(made["x"], made["weight"], None, Pair(made["a"], made["b"], 2.0, None))
-    output.sum().backward()
+    with FlopCounterMode(display=False) as counter:
+        output.sum().backward()
+    # Of 9 rows, with 5 outputs, 6 inputs and rank 3: B^T g, and the products with x and with A x.
+    assert counter.get_total_flops() == 2 * 9 * 3 * (5 + 6 + 5)
     assert made["x"].grad is None and made["weight"].grad is None
     torch.testing.assert_close(made["b"].grad, 2.0 * (made["x"] @ made["a"].T).sum(0).repeat(5, 1))
 

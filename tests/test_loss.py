@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from minilora.model.loss import CHUNK_ROWS, head_loss
+from minilora.model.loss import CHUNK_ROWS, head_loss, head_scores
 
 ROWS = (1, CHUNK_ROWS - 1, CHUNK_ROWS, 2 * CHUNK_ROWS + 3)
 
@@ -59,24 +62,44 @@ def test_bf16_is_within_its_rounding_of_fp32() -> None:
     torch.testing.assert_close(grad.float(), full_grad, rtol=0.05, atol=0.05)
 
 
+class Watch(TorchDispatchMode):
+    """Notes the largest tensor, and the most bytes of logits (16, 50) that were there at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.largest = self.most = 0
+        self.logits: dict[weakref.ref[torch.UntypedStorage], int] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        made = func(*args, **(kwargs or {}))
+        if isinstance(made, Tensor):
+            self.largest = max(self.largest, made.numel())
+            if made.shape == (16, 50):
+                storage = made.untyped_storage()
+                self.logits[weakref.ref(storage)] = storage.nbytes()
+        there = (size for storage, size in self.logits.items() if storage() is not None)
+        self.most = max(self.most, sum(there))
+        return made
+
+
 @pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
 def test_full_logits_are_never_made(trained: bool) -> None:
     """The largest tensor made on the way has a chunk's rows, in forward and in backward."""
     hidden, weight, targets = sample(160)
     weight.requires_grad_(trained)
-    largest = 0
-
-    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-            nonlocal largest
-            made = func(*args, **(kwargs or {}))
-            if isinstance(made, Tensor):
-                largest = max(largest, made.numel())
-            return made
-
-    with Watch():
+    with Watch() as watch:
         head_loss(hidden, weight, targets, 1.0, chunk_rows=16).backward()
-    assert largest == hidden.numel() < 160 * 50
+    assert watch.largest == hidden.numel() < 160 * 50
+
+
+def test_a_chunks_logits_go_before_the_next_ones_come() -> None:
+    """In bf16 as they are computed, and in fp32: 6 bytes each, as the plan has it."""
+    hidden, weight, targets = sample(160, torch.bfloat16)
+    for loss in (lambda: head_loss(hidden, weight, targets, 1.0, 16),
+                 lambda: head_scores(hidden.detach(), weight, targets, 16)):  # fmt: skip
+        with Watch() as watch:
+            loss()
+        assert watch.most == 16 * 50 * 6
 
 
 def test_no_labelled_row_gives_zero_and_no_gradient() -> None:

@@ -6,12 +6,20 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import torch.distributed
 
-from minilora.run.memory import expand_segments, is_out_of_memory, phase_of, read_memory
+from minilora.run.memory import (
+    expand_segments,
+    free_memory,
+    is_out_of_memory,
+    phase_of,
+    read_memory,
+)
 
 ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # its settings' new and older name
 
@@ -72,6 +80,16 @@ def test_what_the_user_says_of_the_allocator_stands(
     assert {key: os.environ.get(key) for key in ALLOCATOR} == {
         **dict.fromkeys(ALLOCATOR), name: "max_split_size_mb:512"
     }  # fmt: skip
+
+
+def test_processes_share_what_the_machine_has_free() -> None:
+    """As psutil reads it; a container may have less."""
+    free = [free_memory(torch.device("cpu"), processes) for processes in (1, 4)]
+    available = psutil.virtual_memory().available
+    assert free[0] < 1.015 * available
+    assert free[1] == pytest.approx(free[0] / 4, rel=0.05)
+    if not Path("/sys/fs/cgroup/memory.max").exists():
+        assert free[0] == pytest.approx(available, rel=0.015)
 
 
 def test_memory_of_this_process_grows_with_what_it_holds() -> None:

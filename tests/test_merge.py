@@ -122,6 +122,16 @@ def test_what_the_disk_does_not_keep_is_found_and_nothing_is_left(
     assert list((tmp_path / "merged").iterdir()) == []
 
 
+def test_the_folder_is_a_model_once_everything_is_there(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moved, replace = [], os.replace
+    monkeypatch.setattr(os, "replace", lambda *ends: (moved.append(ends[1].name), replace(*ends)))
+    assert merge(tiny, make(tiny, tmp_path / "adapter", **PLAIN), tmp_path / "merged") == 0
+    assert moved[-1] == "config.json" and INDEX in moved
+    assert sorted(moved) == sorted(path.name for path in tiny.iterdir() if path.is_file())
+
+
 def test_what_no_adapter_touches_is_the_same_to_the_byte(base: Path, tmp_path: Path) -> None:
     folder = tmp_path / "base"
     shutil.copytree(base, folder)

@@ -143,16 +143,19 @@ def test_every_lora_gradient_equals_peft(changes: dict[str, object]) -> None:
     check_gradients(theirs, model, documents, tiles_of(model, (5,), (40, 12), (3,)))
 
 
-def test_rotation_in_all_three_bands_equals_transformers() -> None:
-    theirs = random_llama(head_dim=64)
+@pytest.mark.parametrize("rope", [LLAMA3_ROPE, {"rope_type": "default", "rope_theta": 2e6}])
+def test_rotation_in_all_three_bands_equals_transformers(rope: dict[str, object]) -> None:
+    theirs = random_llama(head_dim=64, rope_parameters=rope)
     shape = LlamaShape.from_config(theirs.config.to_dict())
     positions = torch.cat(
         [torch.arange(0, 64), torch.arange(8190, 8260), torch.arange(131000, 131072)]
     )
-    cos, sin = LlamaRotaryEmbedding(theirs.config)(torch.zeros(1), positions[None])
-    mine = rotation(shape.rope, shape.head_dim, positions, torch.float32)
-    torch.testing.assert_close(mine[0][:, 0], cos[0], rtol=0, atol=0)
-    torch.testing.assert_close(mine[1][:, 0], sin[0], rtol=0, atol=0)
+    for dtype in (torch.float32, torch.bfloat16):
+        like = torch.zeros(1, dtype=dtype)
+        cos, sin = LlamaRotaryEmbedding(theirs.config)(like, positions[None])
+        mine = rotation(shape.rope, shape.head_dim, positions, dtype)
+        torch.testing.assert_close(mine[0][:, 0], cos[0], rtol=0, atol=0)
+        torch.testing.assert_close(mine[1][:, 0], sin[0], rtol=0, atol=0)
 
 
 def test_injection_changes_no_output_and_no_name() -> None:

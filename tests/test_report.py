@@ -104,19 +104,20 @@ def test_log_lines(tmp_path: Path) -> None:
 
 
 def test_times_are_seconds(tmp_path: Path) -> None:
-    with Report(settings(tmp_path, logging_steps=1), 5, True) as report:
+    """Of a run that goes on after two steps, which took no time of this one."""
+    with Report(settings(tmp_path, logging_steps=1), 7, True, Totals(step=2)) as report:
         time.sleep(1.05)
-        report.step(record(1))
-        report.step(record(2))
+        report.step(record(3))
+        report.step(record(4))
         report.finish()
     first, second = read_log(tmp_path / "trainer_log.jsonl")
     assert first["elapsed_time"] == "0:00:01"
     assert first["remaining_time"] == "0:00:04"
-    assert first["throughput"] == pytest.approx(101 / 0.01)  # of the step, not of what came before
-    assert second["throughput"] == pytest.approx(102 / 0.02)
+    assert first["throughput"] == pytest.approx(103 / 0.03)  # of the step, not of what came before
+    assert second["throughput"] == pytest.approx(104 / 0.04)
     results = json.loads((tmp_path / "train_results.json").read_text())
     assert 1.05 <= results["train_runtime"] < 3
-    assert results["train_samples_per_second"] == pytest.approx(5 / results["train_runtime"])
+    assert results["train_samples_per_second"] == pytest.approx(9 / results["train_runtime"])
     assert results["train_steps_per_second"] == pytest.approx(2 / results["train_runtime"])
 
 
@@ -184,8 +185,8 @@ def test_other_ranks_are_silent(tmp_path: Path, capfd: pytest.CaptureFixture[str
 
 
 def test_bar_and_messages(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    with Report(settings(tmp_path), 4, True) as report:
-        run(report, 1, 2)
+    with Report(settings(tmp_path), 4, True, Totals(step=1)) as report:
+        run(report, 2, 2)
         report.message("in the middle")
         run(report, 3, 4)
         report.finish()

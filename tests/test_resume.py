@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 import torch
 from runs import Ground, adapter, log, run_jobs, stage_file
+from safetensors.torch import load_file, save_file
 
-from minilora.files.snapshot import DRAFT, STATE, TENSORS
+from minilora.files.snapshot import DRAFT, PREFIX, STATE, TENSORS, find_snapshot, prune
 
 KILLS = Path(__file__).with_name("kills.py")
 STEPS = 12
@@ -157,16 +158,32 @@ def refused(launch: Callable[..., tuple[int, str]], settings: dict[str, Any]) ->
     return output
 
 
+def moved_base(ground: Ground) -> Path:
+    """The base as after more training: each weight is near what it was."""
+    folder = Path(shutil.copytree(ground.models["tiny"], ground.folder / "moved-base"))
+    for file in folder.glob("*.safetensors"):
+        save_file({name: tensor * 1.01 for name, tensor in load_file(file).items()}, file)
+    return folder
+
+
 def test_what_changes_the_maths_is_refused_by_name(
     resumed: Jobs, ground: Ground, launch: Callable[..., tuple[int, str]]
 ) -> None:
-    """All differences at once: data, rate, adapter."""
+    """All differences at once: data, base, adapter, packing, and every setting of the optimizer."""
     (ground.folder / "other.jsonl").write_text(
         ground.data.read_text(encoding="utf-8").replace("brief", "short"), encoding="utf-8"
     )
+    numbers = {
+        "learning_rate": 1e-3, "warmup_ratio": 0.1, "warmup_steps": 1, "weight_decay": 0.2,
+        "loraplus_lr_ratio": 2.0, "max_grad_norm": 0.1, "adam_beta1": 0.8, "adam_beta2": 0.9,
+        "adam_epsilon": 1e-6, "seed": 1,
+    }  # fmt: skip
+    others = {"lr_scheduler_type": "linear", "disable_shuffling": True, "packing": True}
     changed = {
         **resumed[5],
-        "learning_rate": 1e-3,
+        **numbers,
+        **others,
+        "model_name_or_path": str(moved_base(ground)),
         "dataset": str(ground.folder / "other.jsonl"),
         "lora_dropout": 0.1,
         "per_device_train_batch_size": ROWS,
@@ -174,7 +191,8 @@ def test_what_changes_the_maths_is_refused_by_name(
     }
     output = refused(launch, changed)
     assert "learning_rate = 0.0002, this run has 0.001" in output
-    assert "made with data = " in output and "made with lora = " in output
+    for key in (*numbers, *others, "base weights", "data", "lora"):
+        assert f"made with {key} = " in output, key
 
 
 def test_a_draft_or_a_broken_snapshot_is_not_gone_on_from(
@@ -190,3 +208,28 @@ def test_a_draft_or_a_broken_snapshot_is_not_gone_on_from(
     assert f"checkpoint-3/{TENSORS}: cannot be read" in refused(launch, settings)
     nowhere = {**settings, "resume_from_checkpoint": str(broken / "checkpoint-9")}
     assert f"holds no {STATE}" in refused(launch, nowhere)
+
+
+def test_the_newest_snapshot_is_found_by_its_number_if_it_can_be_gone_on_from(
+    tmp_path: Path,
+) -> None:
+    """After 9 comes 10; 11 is an adapter alone, 12 a file, 13 a draft."""
+    for name in ("9", "10", "11", f"13{DRAFT}"):
+        (tmp_path / f"{PREFIX}{name}").mkdir()
+        if name != "11":
+            (tmp_path / f"{PREFIX}{name}" / STATE).touch()
+    (tmp_path / f"{PREFIX}12").touch()
+    assert find_snapshot(tmp_path, "true") == tmp_path / f"{PREFIX}10"
+    prune(tmp_path, 1, tmp_path / f"{PREFIX}11")
+    assert {path.name for path in tmp_path.iterdir()} == {f"{PREFIX}11", f"{PREFIX}12"}
+
+
+def test_the_newest_snapshot_is_the_one_written_last(tmp_path: Path) -> None:
+    """An earlier run in the folder got to step 900; a copy gives every file another time."""
+    for step, info in ((900, {"written": 1.0}), (950, {}), (3, {"written": 2.0}), (2, {})):
+        folder = tmp_path / f"{PREFIX}{step}"
+        folder.mkdir()
+        (folder / STATE).write_text(json.dumps({"info": info}))
+    assert find_snapshot(tmp_path, "true") == tmp_path / f"{PREFIX}3"
+    (tmp_path / f"{PREFIX}2" / STATE).write_text("{")
+    assert find_snapshot(tmp_path, "true") == tmp_path / f"{PREFIX}2", "broken: never in silence"

@@ -1,6 +1,7 @@
 """Templates against transformers and LLaMA-Factory's strings."""
 
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +145,7 @@ def test_bad_templates_are_refused(tmp_path: Path) -> None:
     unsafe = "{{ messages.append(1) }}{{ ''.__class__.__mro__ }}"
     with pytest.raises(RequestError, match="refuses it"):
         template_of(tmp_path, unsafe).encode([talk("a", "b")], cutoff_len=99)
+    assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0, 0), "the clock of none of them runs on"
 
 
 def test_rows_that_the_template_refuses_are_dropped_and_counted(tokenizer: Tokenizer) -> None:

@@ -61,6 +61,15 @@ def stranger(request: Request) -> None:
     keys("model/tokenizer_config.json", **config)(request)
 
 
+def late(request: Request) -> None:
+    """The end of an answer is a token of its own from the second answer on; one row has two."""
+    answer = "{% if loop.index > 2 %}{{ eos_token }}{% endif %}"
+    loop = "{% for m in messages %}{{ m.content }}" + answer + "{% endfor %}"
+    keys("model/tokenizer_config.json", chat_template=loop)(request)
+    row = {"instruction": "q", "output": "a", "history": [["q", "a"]]}
+    put("held.jsonl", json.dumps(row), eval_dataset="@/held.jsonl", eval_strategy="epoch")(request)
+
+
 A_LOOP = "{% for i in range(99999) %}"
 WEIGHTS: dict[str, tuple[Break, list[str]]] = {
     "index: broken JSON": (put(INDEX, "{\n\n,"), ["index.json:3: not JSON"]),
@@ -134,6 +143,7 @@ TOKENS: dict[str, tuple[Break, list[str]]] = {
     "stop that is no number": (put("model/generation_config.json", {"eos_token_id": "x"}),
                                ["generation_config.json: eos_token_id: not a number"]),
     "another model's": (stranger, ["token 1111, beyond the vocab_size 512", "another model's"]),
+    "another model's, in validation": (both(stranger, late), ["token 1111, beyond the vocab_size"]),
     "no template": (template(None), ["has no chat template; say template: llama3"]),
     "template of no kind": (template([{"a": 1}, 3]), ["has no chat template"]),
     "template: unknown": (ask(template="llama4"), ["llama4 is not known (did you mean llama3?)"]),

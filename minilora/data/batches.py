@@ -177,11 +177,11 @@ def most_tokens(schedule: Schedule, world_size: int, even_length: float) -> int:
         return max(int(lengths[share].sum()) for share in shares)
     # Dealt longest first, the last document of the fullest rank is its only one, or no longer
     # than each of world_size others: a share of the work, and what of it is more than that share.
-    # No rank has more tokens than work.
+    # A rank has fewer tokens than work, by a factor that is not smaller than the last document's.
     room, longest = rows * schedule.cutoff_len, int(lengths[0])
     last = min(longest, room // (world_size + 1))
     work = room * (1 + longest / even_length)
-    share = (work + (last + last**2 / even_length) * (world_size - 1)) / world_size
+    share = (work + last * (world_size - 1)) / world_size
     return min(max(longest, int(share)), max(longest, room), int(lengths.sum()))
 
 

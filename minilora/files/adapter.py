@@ -49,7 +49,7 @@ def write_adapter(folder: Path, tensors: Mapping[str, Tensor], lora: LoraShape, 
     weights before the config that makes the folder an adapter.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    named = {stored_name(name): tensor.contiguous() for name, tensor in tensors.items()}
+    named = {stored_name(name): tensor for name, tensor in tensors.items()}
     write_atomically(folder / WEIGHTS, save(named, metadata={"format": "pt"}))
     for name in TOKENIZER_FILES:
         if (base / name).exists():

@@ -64,7 +64,7 @@ class _Linear(torch.autograd.Function):
         if a is not None:
             grad_low = (b.T @ grad.T).mul_(ctx.scaling)  # (R, N)
             grad_a = grad_low @ (x if dropped is None else dropped)
-            grad_b = (low @ grad).mul_(ctx.scaling).T.contiguous()
+            grad_b = (low @ grad).mul_(ctx.scaling).T
             if dropped is not None:
                 grad_dropped = grad_low.T @ a
             elif grad_x is not None:

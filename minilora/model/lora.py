@@ -49,7 +49,7 @@ class LoraLinear(nn.Module):
         # DoRA: each row of W + scaling * B A is brought to the length that is learned for it.
         with torch.no_grad():  # PEFT lets no gradient through the norms, as the paper suggests
             norms = row_norms(self.weight, a, b, self.scaling)
-        ratio = (self.lora_magnitude_vector.float() / norms).to(x.dtype)
+        ratio = (self.lora_magnitude_vector / norms).to(x.dtype)
         pair = Pair(a, b, self.scaling, None)
         if dropped is None:
             output: Tensor = ratio * linear(x, self.weight, None, pair)

@@ -83,7 +83,7 @@ class _Recompute(torch.autograd.Function):
         ctx.body, ctx.tiles, ctx.store, ctx.parameters = body, tiles, store, parameters
         if store is None:
             ctx.save_for_backward(hidden)
-        elif any(ctx.needs_input_grad):
+        else:
             ctx.place = store.put(hidden)
         output = torch.empty_like(hidden)
         for tile in () if unread else tiles:
@@ -129,11 +129,11 @@ class _Keep(torch.autograd.Function):
 def _forward_with_graph(
     body: Any, hidden: Tensor, tile: Any, unread: bool = False
 ) -> tuple[Tensor, Tensor, GradientEdge]:
-    """The tile's output without its graph; the graph's input and its end, which holds no tensor."""
+    """The tile's output; its graph's input, and the graph's end, which holds no tensor."""
     with torch.enable_grad():
         tile_input = hidden[tile.rows].detach().requires_grad_()
         tile_output = body(tile_input, tile, unread)
-    return tile_output.detach(), tile_input, get_gradient_edge(tile_output)
+    return tile_output, tile_input, get_gradient_edge(tile_output)
 
 
 def _backward(

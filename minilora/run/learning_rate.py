@@ -27,13 +27,9 @@ def _factor(kind: str, step: int, warmup: int, total: int, train: TrainSettings)
         case "constant" | "constant_with_warmup":
             return 1.0
         case "linear":
-            return max(0.0, 1.0 - progress)
-        case "cosine":
-            return max(0.0, 0.5 * (1.0 + math.cos(math.pi * progress)))
-        case "cosine_with_restarts":  # one cycle, the default of transformers
-            if progress >= 1.0:
-                return 0.0
-            return max(0.0, 0.5 * (1.0 + math.cos(math.pi * (progress % 1.0))))
+            return 1.0 - progress
+        case "cosine" | "cosine_with_restarts":  # one cycle, the default of transformers
+            return 0.5 * (1.0 + math.cos(math.pi * progress))
         case "polynomial":  # power 1, down to 1e-7, both the defaults of transformers
             end = 1e-7 / train.learning_rate
             return max(end, (1.0 - end) * (1.0 - progress) + end)

@@ -75,7 +75,7 @@ def options(asked: Option, files: Mapping[str, Zero]) -> list[Option]:
     """All combinations of file, recomputation, offloading, gather_tokens and tile_tokens."""
     setup, found = asked.setup, []
     gathers = {n for n in (setup.gather_tokens, *GATHERS) if n and n < setup.step_tokens}
-    for file, zero in {asked.file: setup.zero, **files}.items():
+    for file, zero in files.items():
         kept = {(keep, False) for keep in (0, setup.keep_blocks, setup.shape.num_layers)}
         for keep, away in sorted({(0, True), *kept}):
             ways = replace(setup, zero=zero, keep_blocks=keep, offload_activations=away)
