@@ -162,8 +162,8 @@ def test_a_share_is_held_out_rounded_up_and_the_seed_draws_it(given: dict[str, A
     """As sklearn and datasets count: 0.11 of 40 rows are 5."""
     held = []
     for size, seed in ((0.11, 1), (5, 1), (5, 2)):
-        words = [f"--{key}={value}" for key, value in given.items()]
-        settings = read_settings([*words, f"--val_size={size}", f"--seed={seed}"], "preview")
+        asked = {**given, "val_size": size, "seed": seed, "eval_strategy": "epoch"}
+        settings = read_settings([f"--{key}={value}" for key, value in asked.items()], "preview")
         prepared = prepare(settings, colour=False)
         assert (len(prepared.validation), len(prepared.documents)) == (5, 35)
         held.append(prepared.validation.tokens.tolist())
