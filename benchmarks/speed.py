@@ -185,7 +185,7 @@ def read(argv: Sequence[str] | None) -> argparse.Namespace:
         "--groups", nargs="*", help="zero3, skewed, single, one-of-7, keep, tiles; default all"
     )
     parser.add_argument("--timed", type=int, default=6, help="steps after the warm-up")
-    parser.add_argument("--only", default="", help="a part of the names of what is compared")
+    parser.add_argument("--only", nargs="*", help="names of what is compared with the first")
     parser.add_argument("--out", type=Path, help="folder for speed-DEVICE-SIZE-GROUPS.json and .md")
     options = parser.parse_args(argv)
     options.steps = WARM_UP + options.timed
@@ -206,7 +206,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parts = ["speed", options.device, options.size, *(options.groups or ())]
     for name in options.groups or chosen:
         say(f"{name}:")
-        wanted = [v for v in chosen[name] if options.only in v.name or v is chosen[name][0]]
+        peer, *others = chosen[name]
+        wanted = [peer, *(v for v in others if not options.only or v.name in options.only)]
         with tempfile.TemporaryDirectory(prefix="speed-") as folder:
             for line in measured(name, wanted, options, Path(folder)):
                 print(json.dumps(line), flush=True)

@@ -9,6 +9,7 @@ import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 
@@ -19,6 +20,7 @@ from minilora.data.batches import Documents, Int64s, Place, TileLimits, build_st
 from minilora.data.chat import show
 from minilora.data.prepare import Prepared, prepare
 from minilora.data.schedule import Schedule
+from minilora.files.weights import read_config
 from minilora.run.curves import drawing, label, new_figure
 from minilora.run.stop import Lasting
 
@@ -39,13 +41,14 @@ def run(own: argparse.Namespace, settings: Settings) -> None:
     print(*settings.notices, sep="\n", end="\n" * bool(settings.notices), file=sys.stderr)
     prepared = prepare(settings, colour=False)
     documents = prepared.documents
+    _, shape = read_config(Path(settings.model.model_name_or_path or ""))
     print(
         *samples(prepared, own.samples, sys.stdout.isatty()),
         prepared.summary,
         "",
         *histogram(documents.lengths),
         "",
-        *steps(documents, settings, own.num_gpus),
+        *steps(documents, settings, Place(0, own.num_gpus, shape.even_length)),
         sep="\n",
     )
     if own.plot:
@@ -85,11 +88,12 @@ def histogram(lengths: Int64s) -> Iterator[str]:
         yield f"{edges}{count:>11,}{shares[index]:>8.0%}  {bar}"
 
 
-def steps(documents: Documents, settings: Settings, ranks: int) -> Iterator[str]:
+def steps(documents: Documents, settings: Settings, place: Place) -> Iterator[str]:
     """Lines: optimizer steps with and without packing, how full tiles are, what padding would cost.
 
-    All of the first epoch, in its order.
+    All of the first epoch, in its order; the tiles are those of this place.
     """
+    ranks = place.world_size
     train, cutoff = settings.train, settings.data.cutoff_len
     batch = train.per_device_train_batch_size
     asked = Schedule.of(documents.lengths, settings, ranks)
@@ -112,7 +116,7 @@ def steps(documents: Documents, settings: Settings, ranks: int) -> Iterator[str]
     tiles = [
         sum(tile)
         for step, chosen in enumerate(order)
-        for span in build_step(documents, chosen, step=step, place=Place(0, ranks), limits=limits,
+        for span in build_step(documents, chosen, step=step, place=place, limits=limits,
                                seed=train.seed).spans
         for tile in span.tiles
     ]  # fmt: skip

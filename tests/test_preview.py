@@ -145,6 +145,20 @@ def test_tiles_are_as_full_as_it_says(
     assert f"a tile has {sum(lengths) / ROWS:,.0f} tokens on average: {full:.0%} of" in output
 
 
+def test_tiles_are_those_of_a_rank_with_even_work(
+    given: dict[str, Any], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Six documents on two ranks: beside the long one attention leaves no room for a short one."""
+    rows = tmp_path / "rows.txt"
+    rows.write_text("\n".join("word " * count for count in (90, *[25] * 5)), encoding="utf-8")
+    asked = {**given, "dataset": rows, "stage": "pt", "num_train_epochs": 1}
+    asked |= {"gradient_accumulation_steps": 1, "per_device_train_batch_size": 3}
+    long, *short = lengths_of(asked)
+    assert long < sum(short[1:]), "by tokens alone the last one would go with the long one"
+    output = preview(capsys, asked, samples=0, num_gpus=2, tile_tokens=4096)
+    assert f"a tile has {long:,} tokens on average" in output
+
+
 def test_the_steps_are_those_of_the_training(
     given: dict[str, Any], capsys: pytest.CaptureFixture[str], launch: Any, tmp_path: Path
 ) -> None:
