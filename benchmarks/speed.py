@@ -204,6 +204,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     chosen, began = groups(SIZES[options.size], options.device), time.monotonic()
     lines = [{**versions(), "command": sys.argv[1:], "device": options.device}]
     parts = ["speed", options.device, options.size, *(options.groups or ())]
+    if options.out:
+        options.out.mkdir(parents=True, exist_ok=True)
     for name in options.groups or chosen:
         say(f"{name}:")
         peer, *others = chosen[name]

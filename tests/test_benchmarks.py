@@ -21,13 +21,14 @@ from benchmarks.workloads import SIZES, padded, rows, weight
 @pytest.mark.slow
 def test_losses_and_gradients_agree_and_every_step_is_timed(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "benchmarks.speed", "--device", "cpu", "--size", "tiny"]
-    command += ["--timed", "2", "--out", str(tmp_path), "--groups", "skewed", "one-of-7"]
+    command += ["--timed", "2", "--out", str(tmp_path / "new"), "--groups", "skewed", "one-of-7"]
     command += ["--only", "minilora-zero3-skewed", "minilora-zero3-packed", "minilora-1-of-7"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr
     assert "minilora-zero3-skewed: loss " in done.stderr
     head, *lines = map(
-        json.loads, (tmp_path / "speed-cpu-tiny-skewed-one-of-7.json").read_text().splitlines()
+        json.loads,
+        (tmp_path / "new" / "speed-cpu-tiny-skewed-one-of-7.json").read_text().splitlines(),
     )
     assert head["torch"] == torch.__version__
     found = {line["variant"]: line for line in lines}
