@@ -53,37 +53,36 @@ class Launched:
         return family
 
 
-@pytest.fixture(scope="session")
-def launched(ground: Ground) -> Iterator[dict[str, Launched]]:
-    """Runs without an end, started at once."""
-    runs = {}
-    for name, launcher, target, code in (
-        ("deepspeed", "deepspeed", "launcher", -signal.SIGTERM),
-        ("deepspeed, a rank", "deepspeed", "rank", 128 + signal.SIGTERM),
-        ("torchrun", "torchrun", "launcher", 1),
-        ("nobody reads", "python", "launcher", 128 + signal.SIGTERM),
-    ):
-        # Snapshots of adapters alone, but for the one of a signal: it is there to go on from.
-        changes = {"max_steps": 10**6, "save_steps": 10**6, "per_device_train_batch_size": 1,
-                   "save_only_model": True,
-                   "deepspeed": str(stage_file(ground.folder, 3))}  # fmt: skip
-        job = ground.job(f"signal-{launcher}-{target}", "tiny", **changes)
-        words = ["-m", "minilora.train", *(f"--{key}={value}" for key, value in job.items())]
-        output = tempfile.TemporaryFile()
-        ranks, writes = (1, subprocess.PIPE) if launcher == "python" else (2, output)
-        command = command_line(launcher, ranks, words)
-        process = subprocess.Popen(command, stdout=writes, stderr=subprocess.STDOUT)
-        runs[name] = Launched(job, process, output, target, code)
-    yield runs
-    for run in runs.values():
-        for member in run.below():
-            if run.process.poll() is None:
-                os.kill(member, signal.SIGKILL)
+ENDS = {
+    "deepspeed": ("deepspeed", "launcher", -signal.SIGTERM),
+    "deepspeed, a rank": ("deepspeed", "rank", 128 + signal.SIGTERM),
+    "torchrun": ("torchrun", "launcher", 1),
+    "nobody reads": ("python", "launcher", 128 + signal.SIGTERM),
+}
 
 
-@pytest.mark.parametrize("name", ["deepspeed", "deepspeed, a rank", "torchrun", "nobody reads"])
-def test_sigterm_saves_and_leaves_no_process(name: str, launched: dict[str, Launched]) -> None:
-    run = launched[name]
+@pytest.fixture
+def run(request: pytest.FixtureRequest, ground: Ground) -> Iterator[Launched]:
+    """A run without an end."""
+    launcher, target, code = ENDS[request.param]
+    # Snapshots of adapters alone, but for the one of a signal: it is there to go on from.
+    changes = {"max_steps": 10**6, "save_steps": 10**6, "per_device_train_batch_size": 1,
+               "save_only_model": True, "deepspeed": str(stage_file(ground.folder, 3))}  # fmt: skip
+    job = ground.job(f"signal-{launcher}-{target}", "tiny", **changes)
+    words = ["-m", "minilora.train", *(f"--{key}={value}" for key, value in job.items())]
+    output = tempfile.TemporaryFile()
+    ranks, writes = (1, subprocess.PIPE) if launcher == "python" else (2, output)
+    command = command_line(launcher, ranks, words)
+    process = subprocess.Popen(command, stdout=writes, stderr=subprocess.STDOUT)
+    launched = Launched(job, process, output, target, code)
+    yield launched
+    for member in launched.below():
+        if process.poll() is None:
+            os.kill(member, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("run", ENDS, indirect=True)
+def test_sigterm_saves_and_leaves_no_process(run: Launched) -> None:
     folder = Path(str(run.job["output_dir"]))
     deadline = time.monotonic() + 120
     while not (folder / "trainer_log.jsonl").exists() or len(log(run.job, "loss")) < 2:
