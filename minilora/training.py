@@ -225,7 +225,8 @@ def _facts(world: World, engine: Engine, plan: Plan, schedule: Schedule) -> Iter
         f"{schedule.total_steps} optimizer steps of {schedule.rows_per_step} rows"
     )
     layers = plan.checkpoint.shape.num_layers
-    yield f"{plan.keep_blocks} of {layers} blocks keep their activations, the others recompute them"
+    others = ", the others recompute them" * (plan.keep_blocks < layers)
+    yield f"{plan.keep_blocks} of {layers} blocks keep their activations{others}"
 
 
 @contextmanager
