@@ -15,17 +15,20 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_any_request import values
+from test_any_request import found_or_refused, values
+from torch import Tensor
 
-from minilora.config import DataSettings, RequestError, TrainSettings
+from minilora.config import DataSettings, TrainSettings
 from minilora.data.chat import make_template
-from minilora.data.records import read_conversations
+from minilora.data.conversations import Conversation
+from minilora.data.records import Tally, read_conversations
 from minilora.data.tokenizer import load_tokenizer
 from minilora.files.adapter import CONFIG, WEIGHTS, read_adapter, read_adapter_shape
 from minilora.files.snapshot import STATE, TENSORS, differences, read_state, read_tensors
-from minilora.files.weights import INDEX, SINGLE, read_checkpoint, read_config
+from minilora.files.weights import INDEX, SINGLE, Checkpoint, read_checkpoint, read_config
 from minilora.run.ds_config import Facts, resolve_ds_config
 
+Rows = tuple[list[Conversation], Tally]
 any_file = settings(
     deadline=None,  # a busy machine is no failure
     max_examples=int(os.environ.get("MINILORA_EXAMPLES", "60")),
@@ -63,16 +66,21 @@ def model(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def rows_are_read_or_refused(path: Path, content: bytes) -> None:
+def read_for_both_stages(path: Path, content: bytes) -> list[Rows | None]:
     path.write_bytes(content)
-    for stage in ("sft", "pt"):
-        try:
-            found, tally = read_conversations([str(path)], DataSettings(), stage)
-        except RequestError as error:
-            assert error.problems and all(error.problems)
-        else:
-            assert len(found) == tally.kept > 0
-            assert all(isinstance(turn.text, str) for row in found for turn in row.turns)
+    return [
+        found_or_refused(lambda stage=stage: read_conversations([str(path)], DataSettings(), stage))
+        for stage in ("sft", "pt")
+    ]
+
+
+def is_whole(found: Rows | None) -> bool:
+    """Refused, or as many conversations as are counted, all of them text."""
+    if found is None:
+        return True
+    rows, tally = found
+    turns = [turn for row in rows for turn in row.turns]
+    return len(rows) == tally.kept > 0 and all(isinstance(turn.text, str) for turn in turns)
 
 
 @any_file
@@ -80,7 +88,7 @@ def rows_are_read_or_refused(path: Path, content: bytes) -> None:
 def test_any_rows(tmp_path_factory: pytest.TempPathFactory, rows: list[Any], suffix: str) -> None:
     path = tmp_path_factory.getbasetemp() / f"rows{suffix}"
     text = json.dumps(rows) if suffix == ".json" else "\n".join(map(json.dumps, rows))
-    rows_are_read_or_refused(path, text.encode())
+    assert all(map(is_whole, read_for_both_stages(path, text.encode())))
 
 
 @any_file
@@ -92,7 +100,8 @@ def test_any_bytes_as_rows(
     tmp_path_factory: pytest.TempPathFactory, content: bytes | str, suffix: str
 ) -> None:
     path = tmp_path_factory.getbasetemp() / f"bytes{suffix}"
-    rows_are_read_or_refused(path, content if isinstance(content, bytes) else content.encode())
+    raw = content if isinstance(content, bytes) else content.encode()
+    assert all(map(is_whole, read_for_both_stages(path, raw)))
 
 
 @any_file
@@ -105,28 +114,23 @@ def test_any_dataset_info(
     (folder / "rows.json").write_text('[{"instruction": "q", "output": "a"}]')
     for content in ({"mine": entry}, {"mine": other}, other):
         (folder / "dataset_info.json").write_text(json.dumps(content))
-        try:
-            read_conversations(["mine"], DataSettings(dataset_dir=str(folder)), "sft")
-        except RequestError as error:
-            assert error.problems
+        data = DataSettings(dataset_dir=str(folder))
+        found = found_or_refused(lambda data=data: read_conversations(["mine"], data, "sft"))
+        assert found is None or found[1].kept == 1
 
 
-def weights_are_read_or_refused(model: Path, content: bytes) -> None:
-    """The same bytes as weights, as an adapter's and as a snapshot's tensors."""
+def read_as_weights(
+    model: Path, content: bytes
+) -> tuple[Checkpoint | None, list[dict[str, Tensor] | None]]:
+    """The same bytes as weights; and as an adapter's and a snapshot's tensors, x of one number."""
     path = model / SINGLE
     whole = path.read_bytes()
     try:
         for name in (SINGLE, WEIGHTS, TENSORS):
             (model / name).write_bytes(content)
-        for read in (
-            lambda: read_checkpoint(model),
-            lambda: read_adapter(model, {"x": (1,)}),
-            lambda: read_tensors(model, {"x": (1,)}),
-        ):
-            try:
-                read()
-            except RequestError as error:
-                assert error.problems and all(error.problems)
+        checkpoint = found_or_refused(lambda: read_checkpoint(model))
+        adapter = found_or_refused(lambda: read_adapter(model, {"x": (1,)}))
+        return checkpoint, [adapter, found_or_refused(lambda: read_tensors(model, {"x": (1,)}))]
     finally:
         path.write_bytes(whole)
 
@@ -139,7 +143,10 @@ def test_any_damage_to_a_shard(model: Path, data: st.DataObject) -> None:
     for _ in range(data.draw(st.integers(1, 4))):
         where = data.draw(st.one_of(st.integers(0, 8), st.integers(0, header)))
         raw[where] = data.draw(st.integers(0, 255))
-    weights_are_read_or_refused(model, bytes(raw[: data.draw(st.integers(0, len(raw)))] or raw))
+    raw = raw[: data.draw(st.integers(0, len(raw)))] or raw
+    checkpoint, others = read_as_weights(model, bytes(raw))
+    assert checkpoint is None or checkpoint.total_bytes < len(raw), "all of it is in the file"
+    assert others == [None, None], "a model is no adapter and no snapshot"
 
 
 entry = st.fixed_dictionaries(
@@ -167,7 +174,9 @@ entry = st.fixed_dictionaries(
 def test_any_header(model: Path, header: Any, size: int | None, rest: bytes) -> None:
     text = json.dumps(header).encode()
     start = struct.pack("<Q", len(text) if size is None else size)
-    weights_are_read_or_refused(model, start + text + rest)
+    checkpoint, others = read_as_weights(model, start + text + rest)
+    assert checkpoint is None, "a few bytes are no model"
+    assert all(found is None or found["x"].shape == (1,) for found in others)
 
 
 FILES = [
@@ -189,17 +198,18 @@ def test_any_json(model: Path, data: st.DataObject, name: str) -> None:
     changes = data.draw(st.dictionaries(st.sampled_from(sorted(known) + ["x"]), values, max_size=3))
     path.write_text(json.dumps({**known, **changes}))
     try:
-        for read in (
-            lambda: read_checkpoint(model),
-            lambda: make_template(None, load_tokenizer(model)),
-            lambda: read_adapter_shape(model, read_config(model)[1], 0.0),
-            lambda: differences(read_state(model), {"lora": {}}, model),
-            lambda: resolve_ds_config(model / "ds.json", TrainSettings(), Facts(2, 32, False)),
-        ):
-            try:
-                read()
-            except RequestError as error:
-                assert error.problems and all(error.problems)
+        facts = Facts(2, 32, False)
+        checkpoint = found_or_refused(lambda: read_checkpoint(model))
+        template = found_or_refused(lambda: make_template(None, load_tokenizer(model)))
+        lora = found_or_refused(lambda: read_adapter_shape(model, read_config(model)[1], 0.0))
+        found_or_refused(lambda: differences(read_state(model), {"lora": {}}, model))
+        engine = found_or_refused(
+            lambda: resolve_ds_config(model / "ds.json", TrainSettings(), facts)
+        )
+        assert checkpoint is None or {*checkpoint.tensors} == {*checkpoint.shape.parameter_shapes()}
+        assert template is None or template.stop_ids
+        assert lora is None or lora.rank > 0
+        assert engine is None or "optimizer" not in engine
     finally:
         path.unlink()
         if whole is not None:

@@ -5,16 +5,18 @@ MINILORA_EXAMPLES says how many requests each test makes.
 
 import json
 import os
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minilora.arguments import read_settings
-from minilora.config import RequestError, all_settings
+from minilora.config import RequestError, Settings, all_settings
 from minilora.config.known_keys import REFUSED
 
+Found = TypeVar("Found")
 NEEDED = "model_name_or_path: base\ndataset: rows.json\noutput_dir: out\n"
 
 any_request = settings(
@@ -35,17 +37,26 @@ values = st.recursive(
 )
 
 
-def accepted_or_refused(argv: list[str]) -> None:
-    """Wrong requests raise RequestError and nothing else; right ones give sound settings."""
-    if {"--help", "-h"} & set(argv):
-        return
+def found_or_refused(read: Callable[[], Found]) -> Found | None:
+    """What is read; None if it is refused, in words. Whatever else is raised is a failure."""
     try:
-        found = read_settings(argv, "train")
+        return read()
     except RequestError as error:
         assert error.problems and all(error.problems)
-    else:
-        assert found.model.model_name_or_path and found.train.output_dir
-        assert found.data.dataset
+        return None
+
+
+def asked(argv: list[str]) -> Settings | None:
+    """The settings; None if they are refused, or if help is asked for."""
+    if {"--help", "-h"} & set(argv):
+        return None
+    return found_or_refused(lambda: read_settings(argv, "train"))
+
+
+def is_sound(found: Settings) -> bool:
+    """Whether there is what every run needs."""
+    needed = (found.model.model_name_or_path, found.train.output_dir, found.data.dataset)
+    return all(needed)
 
 
 @any_request
@@ -54,7 +65,8 @@ def test_any_json(tmp_path_factory: pytest.TempPathFactory, content: dict[str, A
     path = tmp_path_factory.getbasetemp() / "any.json"
     needed = {"model_name_or_path": "m", "dataset": "d", "output_dir": "o"}
     path.write_text(json.dumps(needed | content))
-    accepted_or_refused([str(path)])
+    found = asked([str(path)])
+    assert found is None or is_sound(found)
 
 
 @any_request
@@ -67,7 +79,8 @@ def test_any_yaml(
     path = tmp_path_factory.getbasetemp() / "any.yaml"
     text = [line if isinstance(line, str) else f"{line[0]}: {line[1]}" for line in lines]
     path.write_text(NEEDED + "\n".join(text), encoding="utf-8", errors="replace")
-    accepted_or_refused([str(path)])
+    found = asked([str(path)])
+    assert found is None or is_sound(found)
 
 
 @any_request
@@ -75,10 +88,12 @@ def test_any_yaml(
 def test_any_bytes(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
     path = tmp_path_factory.getbasetemp() / "bytes.yaml"
     path.write_bytes(content)
-    accepted_or_refused([str(path)])
+    found = asked([str(path)])
+    assert found is None or is_sound(found)
 
 
 @any_request
 @given(st.lists(st.one_of(words.map("--{}".format), words, st.text(max_size=12)), max_size=6))
 def test_any_command_line(argv: list[str]) -> None:
-    accepted_or_refused(argv)
+    found = asked(argv)
+    assert found is None or is_sound(found)
