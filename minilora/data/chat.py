@@ -2,17 +2,16 @@
 
 import difflib
 import re
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
 import numpy as np
-from tqdm import tqdm
 
 from minilora.config import RequestError
 from minilora.data.batches import Bools, Int32s
 from minilora.data.conversations import ANSWERS, BadRow, Conversation, Turn
+from minilora.data.progress import progress_bar
 from minilora.data.records import Tally
 from minilora.data.templates import Llama3, OwnTemplate
 from minilora.data.tokenizer import Rendered, Tokenizer, encode
@@ -147,9 +146,8 @@ def encode_texts(
 
 def _chunks(conversations: Sequence[Conversation]) -> Iterator[Sequence[Conversation]]:
     """CHUNK at a time, with a progress bar where it takes more than five seconds."""
-    pause = 0.1 if sys.stderr.isatty() else 10  # a file gets a line now and then
     total = len(conversations)
-    with tqdm(desc="tokenising", total=total, unit="row", delay=5, mininterval=pause) as bar:
+    with progress_bar(total, "row", desc="tokenising", delay=5) as bar:
         for begin in range(0, total, CHUNK):
             yield conversations[begin : begin + CHUNK]
             bar.update(min(CHUNK, total - begin))

@@ -16,6 +16,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from minilora.config import TrainSettings
+from minilora.data.progress import progress_bar
 from minilora.run.curves import LOG, PICTURE, draw_loss, read_log
 
 RESULTS = "train_results.json"
@@ -94,14 +95,12 @@ class Report:
         self._start = time.monotonic()
         self._window_tokens, self._window_seconds = 0, 0.0
         self._memory: dict[str, float] = {}
-        self._bar = tqdm(
-            total=total_steps,
+        self._bar = progress_bar(
+            total_steps,
+            "step",
             initial=self.totals.step,
             disable=not active,
-            unit="step",
             dynamic_ncols=True,
-            # A file gets a line now and then instead of one for each step.
-            mininterval=0.1 if sys.stderr.isatty() else 10,
         )
         if active:
             self._folder.mkdir(parents=True, exist_ok=True)
