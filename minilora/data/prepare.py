@@ -48,7 +48,8 @@ def prepare(settings: Settings, colour: bool) -> Prepared:
     documents, validation = Documents.of(encoded), Documents.of(held_out)
     config = read_json(folder / "config.json")
     known, made_for = config.get("vocab_size"), config.get("max_position_embeddings")
-    highest = int(max(documents.tokens.max(), *validation.tokens.max(initial=0, keepdims=True)))
+    both = (documents, validation)
+    highest = max(int(part.tokens.max(initial=0)) for part in both)
     if isinstance(known, int) and highest >= known:
         raise RequestError(
             [
@@ -62,7 +63,7 @@ def prepare(settings: Settings, colour: bool) -> Prepared:
         + (f"; {len(validation)} documents to validate with" if held_out else "")
         + (f" ({held_tally.summary()})" if held_tally else "")
     )
-    longest = int(max(documents.lengths.max(), *validation.lengths.max(initial=0, keepdims=True)))
+    longest = max(int(part.lengths.max(initial=0)) for part in both)
     if isinstance(made_for, int) and longest > made_for:
         summary += (
             f"\nthe longest document has {longest:,} tokens, and the base model was made for "
