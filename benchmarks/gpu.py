@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -26,7 +25,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import memory, report, speed
-from benchmarks.turns import ROOT, Variant, show_one_gpu
+from benchmarks.turns import ROOT, Variant, settle
 from benchmarks.workloads import SIZES, Size, weight
 from minilora.model.attention import causal_attention
 from minilora.model.llama import Llama
@@ -217,12 +216,7 @@ def read(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command. Returns 0, or 1 if a row failed or a parity is bad."""
     own = read(argv)
-    if own.device == "cpu":
-        os.environ.setdefault("OMP_NUM_THREADS", "1")
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE")
-    else:
-        show_one_gpu()
+    settle(own.device)
     if own.parity:
         parts: list[Callable[[], Iterator[dict[str, Any]]]] = [
             lambda: attention_parity(own.device),

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.report import versions
+from benchmarks.turns import settle
 from benchmarks.workloads import SIZES, Size
 from minilora.model.loss import CHUNK_ROWS, _cross_entropy
 from minilora.model.rope import rotate, rotation
@@ -106,7 +106,7 @@ def matmul_milliseconds(size: Size, device: str, dtype: torch.dtype) -> float:
     side = 2048 if device == "cpu" else 8192
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     took = median(milliseconds(lambda: a @ b, device) for _ in range(5))
-    return took * TOKENS * 4 * (size.layers * size.block + size.vocab * size.hidden) / (2 * side**3)
+    return took * TOKENS * 4 * size.shape.matrices / (2 * side**3)
 
 
 def measured(leaf: Leaf, device: str, matmuls: float) -> dict[str, Any]:
@@ -133,8 +133,8 @@ def read(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     own = read(argv)
     dtype = torch.bfloat16 if own.device == "cuda" else torch.float32
+    settle(own.device)
     if own.device == "cpu":
-        os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE")
         torch.set_num_threads(1)
     size = SIZES[own.size]
     print(json.dumps({**versions(), "size": own.size, "device": own.device}), flush=True)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import tempfile
 import time
@@ -21,7 +20,7 @@ from typing import Any
 import torch
 
 from benchmarks.report import WARM_UP, measure, summary, versions
-from benchmarks.turns import Player, Variant, show_one_gpu, start
+from benchmarks.turns import Player, Variant, settle, start
 from benchmarks.workloads import SIZES, Size
 
 MATMUL = Variant("matmul", "matmul")
@@ -194,13 +193,7 @@ def read(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
     options = read(argv)
-    if options.device == "cpu":
-        # One thread per process, and no AMX, which some virtual machines announce and lack.
-        os.environ.setdefault("OMP_NUM_THREADS", "1")
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE")
-    else:
-        show_one_gpu()
+    settle(options.device)
     chosen, began = groups(SIZES[options.size], options.device), time.monotonic()
     lines = [{**versions(), "command": sys.argv[1:], "device": options.device}]
     parts = ["speed", options.device, options.size, *(options.groups or ())]

@@ -168,8 +168,17 @@ class Player:
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-30:])
 
 
-def show_one_gpu() -> None:
-    """Let processes started from now on see one GPU: on several the Trainer splits its batches."""
+def settle(device: str) -> None:
+    """The environment of this process and of those started from now on.
+
+    On a CPU one thread per process, and no AMX, which some virtual machines announce and lack. Of
+    several GPUs one is seen: on more the Trainer splits its batches.
+    """
+    if device == "cpu":
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE")
+        return
     seen = os.environ.get("CUDA_VISIBLE_DEVICES") or "0"
     os.environ["CUDA_VISIBLE_DEVICES"] = seen.partition(",")[0]
 

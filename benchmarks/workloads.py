@@ -118,9 +118,8 @@ class Size:
         attention is 2 matmuls forward and 5 backward over half the square of the length.
         """
         shape = self.shape
-        matmuls = self.layers * self.block + self.vocab * self.hidden
         square = self.layers * 2 * length * shape.num_heads * shape.head_dim
-        return length * (4 * matmuls + 3.5 * square + 6 * self.lora.size(shape))
+        return length * (4 * shape.matrices + 3.5 * square + 6 * self.lora.size(shape))
 
 
 SIZES = {

@@ -107,15 +107,19 @@ class LlamaShape:
         }
 
     @property
+    def matrices(self) -> int:
+        """Elements of all matrices that a token is multiplied with: the blocks' and the head."""
+        block = sum(rows * columns for rows, columns in self.linear_shapes().values())
+        return self.num_layers * block + self.vocab_size * self.hidden_size
+
+    @property
     def even_length(self) -> float:
         """Tokens of a document at which attention costs as many FLOPs as the matrices do.
 
         Per token, forward and backward: 4 for each element of a frozen matrix; 7 for each query
         feature and token of the document (2 products forward, 5 back, over half of the square).
         """
-        block = sum(rows * columns for rows, columns in self.linear_shapes().values())
-        matrices = self.num_layers * block + self.vocab_size * self.hidden_size
-        return 4 * matrices / (7 * self.num_layers * self.num_heads * self.head_dim)
+        return 4 * self.matrices / (7 * self.num_layers * self.num_heads * self.head_dim)
 
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
         """Every tensor of the checkpoint by its name in the files, in the files' order."""
