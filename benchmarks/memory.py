@@ -25,21 +25,28 @@ import torch
 
 from benchmarks.meters import CpuMeter, GatherCount, GpuMeter, MadeUp, Pretended, held, peer, watch
 from benchmarks.workloads import SIZES, Size
-from minilora.config import DataSettings, MethodSettings, ModelSettings, Settings, TrainSettings
-from minilora.data.batches import Documents, Place, Step, TileLimits, build_step
+from minilora.data.documents import Documents
 from minilora.data.schedule import Schedule
+from minilora.data.steps import Place, Step, TileLimits, build_step
+from minilora.files.deepspeed_file import Facts, find_ds_config, resolve_ds_config
 from minilora.files.weights import Checkpoint
+from minilora.memory.job import MemoryJob, memory_job
+from minilora.memory.measured import expand_segments
+from minilora.memory.peak import CONTEXT, GIB, NCCL, budget
+from minilora.memory.zero3_gathers import Zero
+from minilora.model.llama_shape import LlamaShape
 from minilora.model.lora_shape import LoraShape
-from minilora.model.shape import LlamaShape
 from minilora.plan import USABLE
-from minilora.run.budget import CONTEXT, GIB, NCCL, budget
-from minilora.run.ds_config import Facts, find_ds_config, resolve_ds_config
-from minilora.run.engine import Plan
-from minilora.run.gathers import Zero
-from minilora.run.memory import expand_segments
-from minilora.run.phases import Phases
-from minilora.run.setup import Setup, setup_of
-from minilora.run.world import World
+from minilora.processes.startup_times import StartupTimes
+from minilora.processes.world import World
+from minilora.settings.settings import (
+    DataSettings,
+    MethodSettings,
+    ModelSettings,
+    Settings,
+    TrainSettings,
+)
+from minilora.training.engine import ModelRecipe
 
 BLOCK_8B = 218_103_808  # elements of a block of the model that ds_configs is made for
 STEPS = 2  # DeepSpeed prefetches, and AdamW has its moments, from the second step on
@@ -145,7 +152,7 @@ def measure(case: Case, size: Size, world: World) -> dict[str, Any]:
 
 def _engine(case: Case, size: Size, world: World) -> MadeUp:
     settings, shape = case.settings(), _shape(case, size)
-    plan = Plan(
+    plan = ModelRecipe(
         checkpoint=Checkpoint(Path("made up"), {}, shape, {}),
         lora=LoraShape.of(settings.method, shape),
         adapter={},
@@ -153,7 +160,7 @@ def _engine(case: Case, size: Size, world: World) -> MadeUp:
         ds_config=_ds_config(case, size, world.size),
         keep_blocks=case.keep_blocks,
     )
-    return MadeUp(world, plan, Phases())
+    return MadeUp(world, plan, StartupTimes())
 
 
 def _stepper(case: Case, engine: MadeUp, meter: GpuMeter | CpuMeter) -> Callable[[], None]:
@@ -222,9 +229,9 @@ def predict(case: Case, size: Size, ranks: int, on_gpu: bool) -> dict[str, Any]:
     return found
 
 
-def _setup(case: Case, size: Size, ranks: int, on_gpu: bool) -> Setup:
+def _setup(case: Case, size: Size, ranks: int, on_gpu: bool) -> MemoryJob:
     zero = Zero.of(_ds_config(case, size, ranks))
-    setup = setup_of(case.settings(), _shape(case, size), zero, ranks)
+    setup = memory_job(case.settings(), _shape(case, size), zero, ranks)
     return dataclasses.replace(setup, on_gpu=on_gpu)
 
 

@@ -13,10 +13,10 @@ import torch
 import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from minilora.files.weights import Piece
+from minilora.files.weights import TensorPart
 from minilora.model.lora import lora_parameters
-from minilora.run.engine import Engine
-from minilora.run.world import World
+from minilora.processes.world import World
+from minilora.training.engine import Engine
 
 
 class Pretended(World):
@@ -37,7 +37,7 @@ class Pretended(World):
 class MadeUp(Engine):
     """An engine whose weights are random numbers, made where they are kept."""
 
-    def _pieces(self) -> Iterator[Piece]:
+    def _pieces(self) -> Iterator[TensorPart]:
         for piece in super()._pieces():
             piece.destination.normal_(std=0.02)
         yield from ()

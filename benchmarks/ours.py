@@ -12,23 +12,29 @@ from torch import Tensor
 
 from benchmarks.turns import Turns
 from benchmarks.workloads import LLAMA_FACTORY, SIZES, Size, rows, weight
-from minilora.config import DataSettings, MethodSettings, ModelSettings, Settings, TrainSettings
-from minilora.data.batches import Documents
+from minilora.data.documents import Documents
 from minilora.data.schedule import Schedule
+from minilora.files.deepspeed_file import Facts, find_ds_config, resolve_ds_config
 from minilora.files.snapshot import State
-from minilora.files.weights import Checkpoint, Piece
-from minilora.run import engine as engine_module
-from minilora.run.budget import budget
-from minilora.run.ds_config import Facts, find_ds_config, resolve_ds_config
-from minilora.run.engine import Engine, Plan
-from minilora.run.forecast import foresee
-from minilora.run.gathers import Zero
-from minilora.run.loop import Job, train
-from minilora.run.options import Option
-from minilora.run.phases import Phases
-from minilora.run.report import Report, StepRecord
-from minilora.run.setup import setup_of
-from minilora.run.world import World, wants_bf16
+from minilora.files.weights import Checkpoint, TensorPart
+from minilora.memory.in_a_run import foresee
+from minilora.memory.job import memory_job
+from minilora.memory.peak import budget
+from minilora.memory.ways import Way
+from minilora.memory.zero3_gathers import Zero
+from minilora.processes.startup_times import StartupTimes
+from minilora.processes.world import World, wants_bf16
+from minilora.report.run_log import Report, StepRecord
+from minilora.settings.settings import (
+    DataSettings,
+    MethodSettings,
+    ModelSettings,
+    Settings,
+    TrainSettings,
+)
+from minilora.training import engine as engine_module
+from minilora.training.engine import Engine, ModelRecipe
+from minilora.training.loop import Job, train
 
 
 class Watch(Report):
@@ -74,14 +80,14 @@ def run(turns: Turns) -> None:
         max_steps=turns.order.steps + 1,  # the turns end the run before its last step
         disable_shuffling=True,
     )
-    setup = setup_of(settings, size.shape, Zero.of(plan.ds_config), world.size)
+    setup = memory_job(settings, size.shape, Zero.of(plan.ds_config), world.size)
     setup = replace(setup, bf16=wants_bf16(settings.train))
-    asked = Option(variant.name, setup, budget(setup)), dict[str, Zero]()
+    asked = Way(variant.name, setup, budget(setup)), dict[str, Zero]()
     way = foresee(world, asked, plan, schedule, settings.keeps_what_fits).asked.setup
     plan = replace(plan, keep_blocks=way.keep_blocks)
     settings = replace(settings, train=replace(options, gather_tokens=way.gather_tokens))
     turns.counted["kept"] = plan.keep_blocks
-    phases = Phases()
+    phases = StartupTimes()
     phases.done = turns.mark  # type: ignore[method-assign]
     engine = Engine(world, plan, phases)
     start, even = State(0, 0, {}, {}, {}), size.shape.even_length
@@ -112,7 +118,7 @@ def _settings(turns: Turns, size: Size) -> Settings:
     )
 
 
-def _plan(turns: Turns, size: Size, settings: Settings) -> Plan:
+def _plan(turns: Turns, size: Size, settings: Settings) -> ModelRecipe:
     variant, shape = turns.order.variant, size.shape
     facts = Facts(variant.world, size.hidden, wants_bf16(settings.train))
     path = _ds_file(turns, size)
@@ -121,7 +127,7 @@ def _plan(turns: Turns, size: Size, settings: Settings) -> Plan:
         name: weight(name, parameter, like)
         for name, parameter in size.lora.parameter_shapes(shape).items()
     }
-    return Plan(
+    return ModelRecipe(
         checkpoint=Checkpoint(Path("made up"), size.config(), shape, {}),
         lora=size.lora,
         adapter=adapter,
@@ -160,7 +166,7 @@ def _like(turns: Turns) -> Tensor:
     return torch.empty(0, device=turns.order.device)
 
 
-def fill(checkpoint: Checkpoint, pieces: Iterable[Piece]) -> int:
+def fill(checkpoint: Checkpoint, pieces: Iterable[TensorPart]) -> int:
     """Take the place of read_pieces: each destination gets its part of the weight of that name."""
     shapes = checkpoint.shape.parameter_shapes()
     total = 0

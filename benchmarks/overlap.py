@@ -23,10 +23,10 @@ from benchmarks import memory
 from benchmarks.meters import MadeUp, Pretended
 from benchmarks.report import versions
 from benchmarks.workloads import SIZES
-from minilora.config import TrainSettings
-from minilora.data.batches import Step
+from minilora.data.steps import Step
 from minilora.model.recompute import Rows
-from minilora.run.world import World
+from minilora.processes.world import World
+from minilora.settings.settings import TrainSettings
 
 TIMED = 3
 

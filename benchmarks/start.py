@@ -20,11 +20,11 @@ import torch
 from benchmarks.meters import Pretended
 from benchmarks.report import versions
 from benchmarks.workloads import SIZES, Size
-from minilora.arguments import read_settings
-from minilora.data.batches import Span
-from minilora.run.engine import Engine
-from minilora.run.phases import Phases
-from minilora.training import check
+from minilora.data.steps import Span
+from minilora.processes.startup_times import StartupTimes
+from minilora.settings.command_line import read_settings
+from minilora.training.checks import check
+from minilora.training.engine import Engine
 
 SHARD = 5 * 10**9  # bytes of a file at most, as the hub splits them
 
@@ -68,7 +68,7 @@ def read(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main() -> None:
     own = read(None)
-    phases, folder = Phases(), own.folder / own.size
+    phases, folder = StartupTimes(), own.folder / own.size
     phases.done("imports")
     if not (folder / "model.safetensors.index.json").exists():
         write_holes(folder, SIZES[own.size])

@@ -12,8 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from minilora.model.llama_shape import LlamaShape
 from minilora.model.lora_shape import LoraShape
-from minilora.model.shape import LlamaShape
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 # LLaMA-Factory's examples/deepspeed/ds_z3_config.json.

@@ -14,18 +14,17 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from minilora.config import RequestError, RunError
-from minilora.config.errors import exit_code
 from minilora.data.chat import Template, make_template
 from minilora.data.conversations import BadRow, Turn, to_turns
 from minilora.data.sources import OPENAI_TAGS, Row, read_rows
 from minilora.data.tokenizer import load_tokenizer
 from minilora.files.adapter import read_adapter, read_adapter_shape
-from minilora.files.weights import Checkpoint, Piece, read_checkpoint, read_pieces
+from minilora.files.weights import Checkpoint, TensorPart, read_checkpoint, read_parts
+from minilora.memory.measured import free_memory
 from minilora.model.decode import Sampling, generate
 from minilora.model.llama import Llama
 from minilora.model.lora import inject, lora_parameters
-from minilora.run.memory import free_memory
+from minilora.settings.errors import RequestError, RunError, exit_code
 
 BATCH = 16  # prompts of a file that are answered side by side
 
@@ -197,7 +196,7 @@ def load(checkpoint: Checkpoint, adapter: Path | None) -> Llama:
         held = read_adapter(adapter, {name: tuple(p.shape) for name, p in trained.items()})
         for name, parameter in trained.items():
             parameter.data.copy_(held[name])
-    read_pieces(checkpoint, (Piece(name, 0, p.data.view(-1)) for name, p in base))
+    read_parts(checkpoint, (TensorPart(name, 0, p.data.view(-1)) for name, p in base))
     return model
 
 

@@ -8,10 +8,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from minilora.config import RequestError
-from minilora.config.errors import exit_code
-from minilora.files.export import Update, clashes, export_adapter, export_merged, read_updates
+from minilora.files.merging import Update, clashes, export_adapter, export_merged, read_updates
 from minilora.files.weights import read_checkpoint
+from minilora.settings.errors import RequestError, exit_code
 
 
 def main(argv: Sequence[str] | None = None) -> int:

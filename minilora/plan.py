@@ -12,27 +12,27 @@ from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 
-from minilora.arguments import read_options
-from minilora.config import RequestError, Settings
-from minilora.config.errors import exit_code
-from minilora.config.reading import read_json
-from minilora.model.shape import LlamaShape
-from minilora.run.budget import GIB, Budget, budget
-from minilora.run.curves import drawing, new_figure
-from minilora.run.ds_config import SHIPPED, Facts, find_ds_config, resolve_ds_config
-from minilora.run.gathers import Zero
-from minilora.run.options import (
+from minilora.files.deepspeed_file import SHIPPED, Facts, find_ds_config, resolve_ds_config
+from minilora.memory.job import MemoryJob, memory_job
+from minilora.memory.peak import GIB, Budget, budget
+from minilora.memory.ways import (
     MARGIN,
     TILES,
-    Option,
-    best,
-    keeping,
+    Way,
+    keep_most_blocks,
     longest_document,
-    nearest,
-    options,
+    nearest_that_fit,
+    recommended,
+    ways,
 )
-from minilora.run.setup import Setup, setup_of
-from minilora.run.stop import Lasting
+from minilora.memory.zero3_gathers import Zero
+from minilora.model.llama_shape import LlamaShape
+from minilora.report.curves import drawing, new_figure
+from minilora.settings.command_line import read_options
+from minilora.settings.errors import RequestError, exit_code
+from minilora.settings.settings import Settings
+from minilora.settings.terminal import Lasting
+from minilora.settings.text_files import read_json
 
 # A card sold with 24 GB has 24 x 2^30 bytes, of which the driver keeps a part: torch reports
 # 23.64 GiB for an RTX 4090, and 79.1 GiB for an H100 of 80 GB.
@@ -67,7 +67,7 @@ def _run(own: argparse.Namespace, settings: Settings) -> int:
         raise RequestError([f"--{key} must be above 0" for key in wrong])
     asked, files = asked_for(settings, own.num_gpus, settings.train.bf16 is not False)
     setup, limit = asked.setup, int(own.gpu_memory * GIB * USABLE)
-    found = options(asked, files)
+    found = ways(asked, files)
     spare = (limit - asked.budget.total) / GIB
     print(
         f"{own.num_gpus} x {own.gpu_memory:g} GB, of which {limit / GIB:.2f} GiB can be used; "
@@ -81,7 +81,7 @@ def _run(own: argparse.Namespace, settings: Settings) -> int:
         sep="\n",
     )
     if spare < 0:
-        offers = nearest(asked, files, limit)
+        offers = nearest_that_fit(asked, files, limit)
         print("\nnearest settings that fit:" if offers else "\nnothing fits, whatever is set")
         for option in offers:
             print(f"  {option.budget.total / GIB:6.2f} GiB  {', '.join(option.changes(asked))}")
@@ -107,10 +107,10 @@ def table(needs: Budget, explain: bool = False) -> Iterator[str]:
         yield f"{'the host: ' + term.name:<40}{term.bytes / GIB:8.2f} GiB{how}"
 
 
-def _kept(settings: Settings, asked: Option, limit: int) -> Iterator[str]:
+def _kept(settings: Settings, asked: Way, limit: int) -> Iterator[str]:
     """What a run does with the headroom where the settings leave it to the run."""
     if settings.keeps_what_fits:
-        way, layers = keeping(asked.setup, limit), asked.setup.shape.num_layers
+        way, layers = keep_most_blocks(asked.setup, limit), asked.setup.shape.num_layers
         spans = "" if way.gather_tokens == asked.setup.gather_tokens else " (in spans of a tile)"
         yield (
             f"{way.keep_blocks} of {layers} blocks would keep their activations{spans}, more with "
@@ -119,12 +119,15 @@ def _kept(settings: Settings, asked: Option, limit: int) -> Iterator[str]:
     yield ""
 
 
-def _comparison(found: Sequence[Option], limit: int, own: argparse.Namespace) -> Iterator[str]:
+def _comparison(found: Sequence[Way], limit: int, own: argparse.Namespace) -> Iterator[str]:
     """A line per file, way and gather_tokens; a column per tile_tokens.
 
     Of a file's way that fits with nothing only the smallest is shown, or all if explained.
     """
-    tiles, chosen = sorted({option.setup.tile_tokens for option in found}), best(found, limit)
+    tiles, chosen = (
+        sorted({option.setup.tile_tokens for option in found}),
+        recommended(found, limit),
+    )
     yield "the same step in other ways, GiB per GPU: (does not fit), * recommended"
     tile_names = "".join(f"{f'tile {tile}':>11}" for tile in tiles)
     yield f"{'deepspeed':<16}{'blocks':<12}{'gather':>7}{tile_names}{'gathered':>12}{'seconds':>9}"
@@ -147,7 +150,7 @@ def _comparison(found: Sequence[Option], limit: int, own: argparse.Namespace) ->
         yield f"none is recommended: none leaves {1 - MARGIN:.0%} free"
 
 
-def _longest(setup: Setup, files: Mapping[str, Zero], limit: int) -> Iterator[str]:
+def _longest(setup: MemoryJob, files: Mapping[str, Zero], limit: int) -> Iterator[str]:
     """Lines: the longest context by file, with block inputs on the GPU and on the host."""
     yield "\nlongest document that fits, alone in its span, in tokens (inputs offloaded):"
     for file, zero in files.items():
@@ -156,7 +159,7 @@ def _longest(setup: Setup, files: Mapping[str, Zero], limit: int) -> Iterator[st
         yield f"  {file:<16}{here:>10,}{f'({away:,})' * (setup.keep_blocks == 0):>12}"
 
 
-def asked_for(settings: Settings, ranks: int, bf16: bool) -> tuple[Option, dict[str, Zero]]:
+def asked_for(settings: Settings, ranks: int, bf16: bool) -> tuple[Way, dict[str, Zero]]:
     """What the settings ask for, and the DeepSpeed files that could serve, the asked one first.
 
     Raises RequestError for a config.json or a DeepSpeed file that cannot be used.
@@ -172,11 +175,11 @@ def asked_for(settings: Settings, ranks: int, bf16: bool) -> tuple[Option, dict[
         file: Zero.of(resolve_ds_config(find_ds_config(source), settings.train, facts))
         for file, source in sources.items()
     }
-    setup = replace(setup_of(settings, shape, files[name], ranks), bf16=bf16)
-    return Option(name, setup, budget(setup)), files
+    setup = replace(memory_job(settings, shape, files[name], ranks), bf16=bf16)
+    return Way(name, setup, budget(setup)), files
 
 
-def _plot(path: str, found: Sequence[Option], limit: int) -> None:
+def _plot(path: str, found: Sequence[Way], limit: int) -> None:
     """Bars in their parts of ways that come near the limit, named by file, blocks and gather."""
     usual = {found[0].setup.gather_tokens, None, 8192}
     shown = [o for o in found if o.setup.gather_tokens in usual and o.budget.total < 2 * limit]

@@ -7,9 +7,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from minilora.config import RequestError
-from minilora.config.errors import exit_code
-from minilora.run.curves import LOG, curve, draw_runs, drawing, read_log
+from minilora.report.curves import LOG, curve, draw_runs, drawing, read_log
+from minilora.settings.errors import RequestError, exit_code
 
 
 def main(argv: Sequence[str] | None = None) -> int:

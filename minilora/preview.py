@@ -13,16 +13,17 @@ from pathlib import Path
 
 import numpy as np
 
-from minilora.arguments import read_options
-from minilora.config import RequestError, Settings
-from minilora.config.errors import exit_code
-from minilora.data.batches import Documents, Int64s, Place, TileLimits, build_step
 from minilora.data.chat import show
+from minilora.data.documents import Documents, Int64s
 from minilora.data.prepare import Prepared, prepare
 from minilora.data.schedule import Schedule
+from minilora.data.steps import Place, TileLimits, build_step
 from minilora.files.weights import read_config
-from minilora.run.curves import drawing, label, new_figure
-from minilora.run.stop import Lasting
+from minilora.report.curves import drawing, label, new_figure
+from minilora.settings.command_line import read_options
+from minilora.settings.errors import RequestError, exit_code
+from minilora.settings.settings import Settings
+from minilora.settings.terminal import Lasting
 
 BINS, WIDTH = 12, 40  # of the histogram: at most so many lines, and characters in the longest
 

@@ -10,9 +10,10 @@ import traceback
 from collections.abc import Sequence
 from typing import NoReturn
 
-from minilora.arguments import read_settings
-from minilora.config import RequestError, RunError
-from minilora.run.stop import Lasting, Stopped, stopping_at_once
+from minilora.processes.signals import Stopped, stopping_at_once
+from minilora.settings.command_line import read_settings
+from minilora.settings.errors import RequestError, RunError
+from minilora.settings.terminal import Lasting
 
 # Seconds that the other ranks leave to rank 0 for its message; the launcher ends them sooner.
 LAST_WORDS = 20
@@ -24,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         settings = read_settings(sys.argv[1:] if argv is None else argv, "train")
         # Only now: importing torch and DeepSpeed takes longer than refusing a wrong setting. And
         # before signals raise: C code that imports swallows what is raised in it.
-        from minilora.training import run
+        from minilora.training.run import run
 
         with stopping_at_once():
             run(settings)
@@ -61,7 +62,7 @@ def _in_touch() -> bool:
 
 def _failed(error: BaseException) -> int:
     """This rank says what was going on; the launcher ends the others, who wait for it."""
-    from minilora.run.memory import is_out_of_memory
+    from minilora.memory.measured import is_out_of_memory
 
     if is_out_of_memory(error):
         print(f"error: out of memory before the training: {error}", file=sys.stderr, flush=True)

@@ -12,23 +12,16 @@ os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import signal
-import socket
 import subprocess
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
-from runs import Ground, make_ground
 
-from minilora.tiny import TinyShape, write_tiny
-
-SMALL = TinyShape(
-    hidden=32, intermediate=64, layers=2, head_dim=8, dtype="float32", shard_bytes=60_000
-)
-
-Launch = Callable[..., tuple[int, str]]
+from minilora.tiny.checkpoint import TinyShape, write_tiny
+from tests.support.processes import SMALL, Launch, command_line
+from tests.support.runs import Ground, make_ground
 
 
 @pytest.fixture(autouse=True)
@@ -52,13 +45,6 @@ def tiny_tied(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny_tied")
     write_tiny(folder, TinyShape(**{**vars(SMALL), "tied": True}))
     return folder
-
-
-def free_port() -> int:
-    """A TCP port that nobody listened on a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.fixture(scope="session")
@@ -96,22 +82,6 @@ def launch() -> Launch:
         return process.returncode, output
 
     return run
-
-
-def command_line(launcher: str, world_size: int, arguments: list[str]) -> list[str]:
-    """How a launcher starts a script, or -m and a module, on this many ranks."""
-    if launcher == "python":
-        assert world_size == 1, "python starts one process"
-        return [sys.executable, *arguments]
-    port = free_port()
-    if launcher == "deepspeed":
-        if arguments[0] == "-m":
-            arguments = ["--module", *arguments[1:]]
-        runner = [sys.executable, "-m", "deepspeed.launcher.runner"]
-        return [*runner, f"--num_gpus={world_size}", f"--master_port={port}", *arguments]
-    assert launcher == "torchrun", launcher
-    runner = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={world_size}"]
-    return [*runner, f"--master-port={port}", *arguments]
 
 
 @pytest.fixture(scope="session")

@@ -8,13 +8,13 @@ from itertools import groupby
 
 import numpy as np
 
-from minilora.config import RequestError
-from minilora.data.batches import Bools, Int32s
+from minilora.data.chat_templates import Llama3, OwnTemplate
 from minilora.data.conversations import ANSWERS, BadRow, Conversation, Turn
-from minilora.data.progress import progress_bar
-from minilora.data.records import Tally
-from minilora.data.templates import Llama3, OwnTemplate
+from minilora.data.datasets import Tally
+from minilora.data.documents import Bools, Int32s
 from minilora.data.tokenizer import Rendered, Tokenizer, encode
+from minilora.settings.errors import RequestError
+from minilora.settings.terminal import progress_bar
 
 Encoded = tuple[Int32s, Bools]
 CHUNK = 4096  # conversations per batch call of the tokenizer

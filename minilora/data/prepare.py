@@ -6,13 +6,14 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from minilora.config import RequestError, Settings
-from minilora.config.reading import read_json
-from minilora.data.batches import Documents
 from minilora.data.chat import Encoded, encode_texts, make_template, show
-from minilora.data.records import Tally, read_conversations
+from minilora.data.datasets import Tally, read_conversations
+from minilora.data.documents import Documents
 from minilora.data.schedule import permutation
 from minilora.data.tokenizer import Tokenizer, load_tokenizer
+from minilora.settings.errors import RequestError
+from minilora.settings.settings import Settings
+from minilora.settings.text_files import read_json
 
 
 @dataclass(frozen=True)

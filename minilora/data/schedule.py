@@ -10,7 +10,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from minilora.config import Settings
+from minilora.settings.settings import Settings
 
 Int64s = NDArray[np.int64]
 

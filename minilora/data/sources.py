@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from minilora.config import RequestError
-from minilora.config.reading import parse_json, read_json, read_text
+from minilora.settings.errors import RequestError
+from minilora.settings.text_files import parse_json, read_json, read_text
 
 # LLaMA-Factory's defaults (data/parser.py), and those of OpenAI's fine-tuning files.
 SHAREGPT_TAGS = {

@@ -10,8 +10,8 @@ from typing import Any
 
 import tokenizers
 
-from minilora.config import RequestError
-from minilora.config.reading import read_json, read_text
+from minilora.settings.errors import RequestError
+from minilora.settings.text_files import read_json, read_text
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from minilora.config import RequestError, RunError, shortened
-from minilora.config.reading import read_json
+from minilora.model.llama_shape import LlamaShape
 from minilora.model.lora_shape import LoraShape
-from minilora.model.shape import LlamaShape
+from minilora.settings.errors import RequestError, RunError, shortened
+from minilora.settings.text_files import read_json
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"

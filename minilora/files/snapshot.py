@@ -19,10 +19,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from minilora.config import RequestError
-from minilora.config.reading import read_json
 from minilora.files.adapter import write_adapter, write_atomically
 from minilora.model.lora_shape import LoraShape
+from minilora.settings.errors import RequestError
+from minilora.settings.text_files import read_json
 
 STATE, TENSORS = "snapshot.json", "snapshot.safetensors"
 PREFIX, DRAFT = "checkpoint-", ".draft"

@@ -15,9 +15,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from minilora.config import RequestError, shortened
-from minilora.config.reading import read_json
-from minilora.model.shape import LlamaShape
+from minilora.model.llama_shape import LlamaShape
+from minilora.settings.errors import RequestError, shortened
+from minilora.settings.text_files import read_json
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -55,7 +55,7 @@ class Checkpoint:
 
 
 @dataclass(frozen=True)
-class Piece:
+class TensorPart:
     """Elements `start` to `start + len(destination)` of a flattened tensor, and where they go."""
 
     name: str
@@ -97,7 +97,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     return Checkpoint(folder, config, shape, {name: tensors[name] for name in expected})
 
 
-def read_pieces(checkpoint: Checkpoint, pieces: Iterable[Piece]) -> int:
+def read_parts(checkpoint: Checkpoint, pieces: Iterable[TensorPart]) -> int:
     """Read each piece from its file straight into its destination, converting the dtype.
 
     Returns the bytes read. Host memory beside the destinations: the largest piece.
@@ -126,7 +126,7 @@ def read_pieces(checkpoint: Checkpoint, pieces: Iterable[Piece]) -> int:
 def fingerprint(checkpoint: Checkpoint) -> str:
     """Tells checkpoints apart: a digest of the final norm, which every fine-tune moves."""
     norm = torch.empty(checkpoint.shape.hidden_size)
-    read_pieces(checkpoint, [Piece("model.norm.weight", 0, norm)])
+    read_parts(checkpoint, [TensorPart("model.norm.weight", 0, norm)])
     return hashlib.sha256(norm.numpy().tobytes()).hexdigest()
 
 
@@ -213,7 +213,9 @@ def _compare(
     return problems
 
 
-def _read_numbers(handle: BinaryIO, stored: StoredTensor, piece: Piece, numbers: Tensor) -> None:
+def _read_numbers(
+    handle: BinaryIO, stored: StoredTensor, piece: TensorPart, numbers: Tensor
+) -> None:
     """Fill `numbers` with the piece's elements, flat, in the dtype of the file."""
     handle.seek(stored.start + piece.start * stored.dtype.itemsize)
     buffer, done = numbers.view(torch.uint8).numpy().data, 0

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
-class Pair(NamedTuple):
+class LoraPair(NamedTuple):
     """LoRA's two matrices, a (R, in) and b (out, R), and its scaling.
 
     dropped: (N, in), the input of the pair where dropout makes it another than the layer's.
@@ -25,7 +25,7 @@ class Pair(NamedTuple):
 
 
 def linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, pair: Pair | None, unread: bool = False
+    x: Tensor, weight: Tensor, bias: Tensor | None, pair: LoraPair | None, unread: bool = False
 ) -> Tensor:
     """x: (N, in); weight: (out, in), frozen like the bias (out,). Returns (N, out).
 

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 from minilora.model.dropout import SeededDropout
 from minilora.model.linear import linear
+from minilora.model.llama_shape import LlamaShape
 from minilora.model.loss import CHUNK_ROWS, head_loss, head_scores
 from minilora.model.offload import HostStore
 from minilora.model.recompute import keep, recompute
 from minilora.model.rope import rotate
-from minilora.model.shape import LlamaShape
 from minilora.model.swiglu import swiglu
-from minilora.model.tiles import Piece, Tile
+from minilora.model.tiles import MlpPiece, Tile
 
 
 class Linear(nn.Module):
@@ -111,14 +111,14 @@ class Block(nn.Module):
     def _forward_tile(self, hidden: Tensor, tile: Tile, unread: bool = False) -> Tensor:
         self._reseed(tile.seed, hidden)
         hidden = hidden + self.self_attn(self.input_layernorm(hidden), tile)
-        pieces = [Piece(rows, tile.seed + index) for index, rows in enumerate(tile.pieces, 1)]
+        pieces = [MlpPiece(rows, tile.seed + index) for index, rows in enumerate(tile.pieces, 1)]
         if len(pieces) == 1:
             return self._forward_mlp(hidden, pieces[0], unread)
         # Computed again piece by piece, so that only one piece's wide activations are there.
         trained = [parameter for parameter in self.mlp.parameters() if parameter.requires_grad]
         return recompute(self._forward_mlp, hidden, pieces, trained, unread=unread)
 
-    def _forward_mlp(self, hidden: Tensor, piece: Piece, unread: bool = False) -> Tensor:
+    def _forward_mlp(self, hidden: Tensor, piece: MlpPiece, unread: bool = False) -> Tensor:
         self._reseed(piece.seed, hidden)
         output: Tensor = hidden + self.mlp(self.post_attention_layernorm(hidden), unread)
         return output

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from minilora.model.dropout import SeededDropout
-from minilora.model.linear import Pair, linear
+from minilora.model.linear import LoraPair, linear
 from minilora.model.llama import Block, Linear, Llama
 from minilora.model.lora_shape import MAGNITUDE, WHOLE, Layer, LoraShape
 
@@ -45,12 +45,12 @@ class LoraLinear(nn.Module):
         dropped = self.dropout(x) if self.dropout is not None and self.training else None
         a, b = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
         if self.lora_magnitude_vector is None:
-            return linear(x, self.weight, self.bias, Pair(a, b, self.scaling, dropped), unread)
+            return linear(x, self.weight, self.bias, LoraPair(a, b, self.scaling, dropped), unread)
         # DoRA: each row of W + scaling * B A is brought to the length that is learned for it.
         with torch.no_grad():  # PEFT lets no gradient through the norms, as the paper suggests
             norms = row_norms(self.weight, a, b, self.scaling)
         ratio = (self.lora_magnitude_vector / norms).to(x.dtype)
-        pair = Pair(a, b, self.scaling, None)
+        pair = LoraPair(a, b, self.scaling, None)
         if dropped is None:
             output: Tensor = ratio * linear(x, self.weight, None, pair)
             return output if self.bias is None else output + self.bias

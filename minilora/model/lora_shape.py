@@ -10,8 +10,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypeVar
 
-from minilora.config import MethodSettings, RequestError
-from minilora.model.shape import LlamaShape
+from minilora.model.llama_shape import LlamaShape
+from minilora.settings.errors import RequestError
+from minilora.settings.settings import MethodSettings
 
 # What modules_to_save may name, and its parameter: (V, D) both.
 WHOLE = {"embed_tokens": "model.embed_tokens.weight", "lm_head": "lm_head.weight"}

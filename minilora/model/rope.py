@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from minilora.model.shape import Rope
+from minilora.model.llama_shape import Rope
 
 
 def rotation(

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from minilora.model.attention import causal_attention
+from minilora.model.llama_shape import LlamaShape
 from minilora.model.rope import rotation
-from minilora.model.shape import LlamaShape
 
 
 class Attend(Protocol):
@@ -62,7 +62,7 @@ class DocumentTile:
 
 
 @dataclass(frozen=True)
-class Piece:
+class MlpPiece:
     """Rows of a tile that the MLP computes at one time."""
 
     rows: slice

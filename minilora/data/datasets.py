@@ -1,0 +1,186 @@
+"""The conversations of all datasets, and a tally of the rows that could not be used."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from minilora.data.conversations import BadRow, Conversation, Turn, to_turns
+from minilora.data.schedule import permutation
+from minilora.data.sources import (
+    OPENAI_TAGS,
+    OPTIONAL_COLUMNS,
+    REQUIRED_COLUMNS,
+    SHAREGPT_TAGS,
+    Row,
+    Source,
+    find_sources,
+    read_rows,
+)
+from minilora.settings.errors import RequestError
+from minilora.settings.settings import DataSettings
+
+# So few bad rows are reported and left out; more than this and more than 1 % stop the run.
+TOLERATED_ROWS = 5
+TOLERATED_SHARE = 0.01
+PLACES_SHOWN = 3
+
+
+@dataclass(frozen=True)
+class Tally:
+    """How many rows are used, and for each reason to drop rows, the places of those rows.
+
+    cut: of the rows that are used but too long, how many tokens each lost.
+    """
+
+    kept: int
+    dropped: Mapping[str, tuple[str, ...]]
+    cut: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, kept: int, dropped: Iterable[tuple[str, str]], cut: Iterable[int] = ()) -> "Tally":
+        """Sort (reason, place) pairs by reason.
+
+        Raises RequestError if no row is left, or more than 1 % (and more than five) are dropped.
+        """
+        places: dict[str, list[str]] = {}
+        for reason, place in dropped:
+            places.setdefault(reason, []).append(place)
+        tally = cls(kept, {reason: tuple(found) for reason, found in places.items()}, tuple(cut))
+        bad = sum(map(len, places.values()))
+        if kept == 0:
+            raise RequestError([f"no usable rows: {tally.summary()}"])
+        if bad > max(TOLERATED_ROWS, TOLERATED_SHARE * (kept + bad)):
+            raise RequestError([f"too many unusable rows (over 1 %): {tally.summary()}"])
+        return tally
+
+    def then(self, later: "Tally") -> "Tally":
+        """This tally and that of a later stage, which got the rows kept here."""
+        places = dict(self.dropped)
+        for reason, more in later.dropped.items():
+            places[reason] = places.get(reason, ()) + more
+        return Tally(later.kept, places, later.cut)
+
+    def summary(self) -> str:
+        """One line: rows used, rows dropped, and why, with the first places; rows cut."""
+        count = sum(map(len, self.dropped.values()))
+        return (
+            f"{self.kept} rows used, {count} dropped"
+            + "".join(
+                f"; {len(places)}: {reason} ({', '.join(places[:PLACES_SHOWN])}"
+                f"{', ...' if len(places) > PLACES_SHOWN else ''})"
+                for reason, places in self.dropped.items()
+            )
+            + f"; {len(self.cut)} cut, by {sum(self.cut):,} tokens in all" * bool(self.cut)
+        )
+
+
+def read_conversations(
+    names: Sequence[str], data: DataSettings, stage: str
+) -> tuple[list[Conversation], Tally]:
+    """All conversations of the named datasets, in order; for stage pt each is one `text` turn.
+
+    Raises RequestError with every missing, broken or unsuitable file, or if too many rows are bad.
+    """
+    conversations: list[Conversation] = []
+    dropped: list[tuple[str, str]] = []
+    problems: list[str] = []
+    for source in find_sources(tuple(names), Path(data.dataset_dir)):
+        try:
+            rows = _select(read_rows(source.path), source.num_samples, data.max_samples)
+            convert = _converter(source, rows, stage)
+        except RequestError as error:
+            problems += error.problems
+            continue
+        for row in rows:
+            try:
+                conversations.append(Conversation(convert(row.value), row.place))
+            except BadRow as error:
+                dropped.append((str(error), row.place))
+    if problems:
+        raise RequestError(problems)
+    return conversations, Tally.of(len(conversations), dropped)
+
+
+def _select(rows: list[Row], num_samples: int | None, max_samples: int | None) -> list[Row]:
+    """num_samples rows in a fixed random order, repeated if there are fewer; of those the first."""
+    if num_samples is not None and rows:
+        rows = [rows[index] for index in np.resize(permutation(len(rows), 0), num_samples)]
+    return rows[:max_samples]
+
+
+def _converter(source: Source, rows: list[Row], stage: str) -> Callable[[Any], tuple[Turn, ...]]:
+    """The function from a row's value to turns, after a check that the file has its columns."""
+    if not rows:
+        raise RequestError([f"{source.path}: has no rows"])
+    found = set(chain.from_iterable(row.value for row in rows if isinstance(row.value, dict)))
+    formatting = _formatting(source, found, stage)
+    if formatting != "text" and source.formatting is None and _any_tools(rows):
+        raise RequestError(
+            [
+                f"{source.path}: rows have tools, which would be left out of the prompt; write them"
+                " into the system message, or remove the column"
+            ]
+        )
+    tags = (OPENAI_TAGS if formatting == "openai" else SHAREGPT_TAGS) | dict(source.tags)
+    return partial(
+        to_turns, formatting=formatting, columns=_columns(source, formatting, found), tags=tags
+    )
+
+
+def _any_tools(rows: list[Row]) -> bool:
+    """Whether some row describes tools; LLaMA-Factory writes an empty list as text."""
+    given = (row.value.get("tools") for row in rows if isinstance(row.value, dict))
+    return any(tools and tools != "[]" for tools in given)
+
+
+def _formatting(source: Source, found: set[str], stage: str) -> str:
+    """The formatting of a source; for a bare file by the columns it has."""
+    if stage == "pt":
+        return "text"
+    if source.path.suffix == ".txt":
+        raise RequestError([f"{source.path}: plain text has no answers; it is for stage: pt"])
+    if source.formatting is not None:
+        return source.formatting
+    for formatting, required in REQUIRED_COLUMNS.items():
+        if formatting != "text" and found.issuperset(required.values()):
+            return formatting
+    hint = "; text alone is for stage: pt" if "text" in found else ""
+    raise RequestError(
+        [
+            f"{source.path}: has the columns {_listed(found)}; expected messages, or conversations,"
+            f" or instruction and output, or an entry in dataset_info.json{hint}"
+        ]
+    )
+
+
+def _columns(source: Source, formatting: str, found: set[str]) -> dict[str, str]:
+    """The file's name of every column that is read.
+
+    As in LLaMA-Factory an entry of dataset_info.json reads only the optional columns it names, or
+    `input` if it names no columns at all; a bare file is read for all of them.
+    """
+    wanted = source.columns
+    if formatting == "text":
+        wanted = {key: name for key, name in wanted.items() if key == "prompt"}
+    columns = {**REQUIRED_COLUMNS[formatting], **wanted}
+    missing = {name for name in columns.values() if name not in found}
+    if missing:
+        raise RequestError(
+            [
+                f"{source.path}: no column {_listed(missing)} among {_listed(found)}; say under"
+                " columns in dataset_info.json what they are called"
+            ]
+        )
+    if not source.columns:
+        optional = {"query": "input"} if source.formatting else OPTIONAL_COLUMNS
+        columns |= {key: name for key, name in optional.items() if name in found}
+    return columns
+
+
+def _listed(names: set[str]) -> str:
+    return ", ".join(sorted(names)) or "none"

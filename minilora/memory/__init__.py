@@ -1,0 +1,1 @@
+"""The memory plan: what a run needs, worked out before it starts, and what it really took."""

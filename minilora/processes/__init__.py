@@ -1,0 +1,1 @@
+"""The processes of a run: how they join, watch each other, and stop."""

@@ -1,0 +1,116 @@
+"""The processes of a run: joined first, tried out, in touch while it lasts, parted last."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from itertools import chain
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from minilora.memory.measured import expand_segments
+from minilora.processes.watch import Watch, this_process
+from minilora.settings.errors import RequestError, RunError
+from minilora.settings.settings import TrainSettings
+
+LINK_SECONDS = 30  # in which the ranks must manage to add up a megabyte
+
+
+class World:
+    """The processes of the run. Made first, closed last.
+
+    Raises RequestError for bf16 on a GPU that has none.
+    """
+
+    def __init__(self, train: TrainSettings) -> None:
+        if "RANK" not in os.environ:  # started without a launcher: a world of one
+            alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+            os.environ.update(alone, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
+        on_gpu = torch.cuda.is_available()
+        self.local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        self.device = torch.device("cuda", self.local_rank) if on_gpu else torch.device("cpu")
+        if on_gpu:
+            expand_segments()
+            torch.cuda.set_device(self.device)
+            if wants_bf16(train) and not torch.cuda.is_bf16_supported(including_emulation=False):
+                name = torch.cuda.get_device_name()
+                raise RequestError(
+                    [f"bf16: {name} has none, only Ampere and later; set bf16: false"]
+                )
+        patience = timedelta(seconds=train.ddp_timeout)
+        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=patience)
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        # Host-side messages; waiting here may take as long as one process tokenises or writes.
+        self.host_group = dist.new_group(backend="gloo", timeout=timedelta(days=7))
+        self.watch = Watch(self.rank, self.gather_objects(this_process()), train)
+
+    def try_links(self) -> None:
+        """Find out now, and not after ddp_timeout, whether the ranks can talk to each other.
+
+        Collective; raises RunError.
+        """
+        remedy = "on GPUs without peer-to-peer (RTX 4090) set NCCL_P2P_DISABLE=1 and start again"
+        too_late = f"the ranks could not add up 1 MB in {LINK_SECONDS} s: {remedy}"
+        late = threading.Timer(LINK_SECONDS, self.watch.end, [too_late])
+        late.start()
+        try:
+            numbers = torch.ones(2**18, device=self.device)
+            dist.all_reduce(numbers)
+            wrong = int((numbers != self.size).sum())
+        finally:
+            late.cancel()
+        if wrong:
+            raise RunError(f"the ranks added up 1 MB wrongly: {remedy}")
+
+    @contextmanager
+    def agreed(self) -> Iterator[None]:
+        """What is wrong with the request on one rank is raised on all. Collective at its end.
+
+        A file that cannot be read is a wrong request too.
+        """
+        mine: Sequence[str] = ()
+        try:
+            yield
+        except RequestError as error:
+            mine = error.problems
+        except OSError as error:
+            mine = [f"{error.filename}: {error.strerror}"]
+        problems = [*dict.fromkeys(chain.from_iterable(self.gather_objects(mine)))]
+        if problems:
+            raise RequestError(problems)
+
+    def gather_objects(self, mine: object) -> list[Any]:
+        """What every rank passed in, by rank. Collective."""
+        gathered: list[Any] = [None] * self.size
+        dist.all_gather_object(gathered, mine, group=self.host_group)
+        return gathered
+
+    def gather_numbers(self, mine: Sequence[float]) -> list[list[float]]:
+        """The numbers of every rank, by rank. Collective; a handful of bytes."""
+        row = torch.tensor(mine, dtype=torch.float64, device=self.device)
+        rows = [torch.empty_like(row) for _ in range(self.size)]
+        dist.all_gather(rows, row)
+        return [numbers.tolist() for numbers in rows]
+
+    def close(self) -> None:
+        """Wait for all ranks, then part. Collective."""
+        self.gather_objects(None)
+        self.watch.over.set()
+        dist.destroy_process_group()
+
+
+def wants_bf16(train: TrainSettings) -> bool:
+    """The bf16 setting, or its default: on a GPU yes, on a CPU no."""
+    return torch.cuda.is_available() if train.bf16 is None else train.bf16
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

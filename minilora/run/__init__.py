@@ -1,1 +1,0 @@
-"""The run: the DeepSpeed engine, the training loop, memory and the log."""

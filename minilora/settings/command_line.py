@@ -1,0 +1,191 @@
+"""From a command line and its YAML or JSON file to checked settings.
+
+LLaMA-Factory's ways of writing them all work: `--key value`, `--key=value`, `--flag`, `key=value`.
+"""
+
+import difflib
+import sys
+from argparse import ArgumentParser, Namespace
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from typing import Any
+
+from minilora.settings.errors import RequestError
+from minilora.settings.fields import BOOLEANS, kind_of, typed
+from minilora.settings.foreign_keys import IGNORED, IGNORED_PREFIXES, OFF, REFUSED, asks_for_nothing
+from minilora.settings.settings import GROUPS, Settings, all_settings
+from minilora.settings.settings_file import NULL, Given, Raw, read_file
+
+REQUIRED: Mapping[str, tuple[str, ...]] = {
+    "train": ("model_name_or_path", "dataset", "output_dir"),
+    "plan": ("model_name_or_path",),
+    "preview": ("model_name_or_path", "dataset"),
+}
+COMMAND_LINE = "command line"
+
+
+def read_settings(argv: Sequence[str], command: str) -> Settings:
+    """Read the settings of `python -m minilora.<command>` from its arguments and their file.
+
+    `--help` prints every key and raises SystemExit(0).
+    Raises RequestError with every problem of the file and the command line together.
+    """
+    if "--help" in argv or "-h" in argv:
+        print(help_text(command))
+        raise SystemExit(0)
+    path, overrides, problems = parse_command_line(argv)
+    given: dict[str, Given] = {}
+    required = REQUIRED[command]
+    if path is not None:
+        try:
+            given, repeated = read_file(path)
+            problems += repeated
+        except RequestError as error:
+            problems += error.problems
+            required = ()  # who knows what stands in the file
+    given |= overrides
+    given.pop("local_rank", None)
+    settings, more = _settings_of(given)
+    problems += more
+    problems += [
+        f"{key} is missing: give it in the file or as --{key} VALUE"
+        for key in required
+        if key not in given or given[key].raw is None
+    ]
+    if problems:
+        raise RequestError(problems)
+    return settings
+
+
+def read_options(
+    parser: ArgumentParser, argv: Sequence[str] | None, command: str
+) -> tuple[Namespace, Settings]:
+    """A command's own options, and the settings that the rest of its arguments are.
+
+    Raises as `read_settings`.
+    """
+    own, rest = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
+    if {"-h", "--help"} & {*rest}:
+        parser.print_help()
+    return own, read_settings(rest, command)
+
+
+def parse_command_line(argv: Sequence[str]) -> tuple[str | None, dict[str, Given], list[str]]:
+    """Split arguments into the settings file, the keys given (the last one wins) and problems."""
+    kinds = {item.name: kind_of(item)[0] for _, item in all_settings()}
+    path, given, problems = None, {}, []
+    words = list(argv)
+    while words:
+        word = words.pop(0)
+        key, equals, value = word.removeprefix("--").partition("=")
+        raw: Raw = value
+        if word.startswith("--") and key:
+            key = key.replace("-", "_")
+            raw = value if equals else _value_after(words, kinds.get(key))
+            if raw is None:
+                problems.append(f"--{key} ({COMMAND_LINE}): a value is missing: --{key} VALUE")
+                continue
+        elif not equals or not key.isidentifier():
+            if path is not None or word.startswith("-"):
+                problems.append(
+                    f"{word!r} ({COMMAND_LINE}) is not understood: write --key value, "
+                    "after at most one settings file"
+                )
+            else:
+                path = word
+            continue
+        given[key] = Given(None if raw in NULL[1:] else raw, COMMAND_LINE)
+    return path, given, problems
+
+
+def _value_after(words: list[str], kind: type | None) -> str | None:
+    """Take the value of `--key` off the words that follow it; a flag without one is true."""
+    following = words[0] if words else "--"
+    if kind is bool:
+        takes = following.lower() in (*BOOLEANS, *NULL)
+    else:
+        takes = not following.startswith("--")
+    if takes:
+        return words.pop(0)
+    return "true" if kind in (bool, None) else None
+
+
+def _settings_of(given: dict[str, Given]) -> tuple[Settings, list[str]]:
+    """Type and check the given values; where there are problems the settings mean nothing."""
+    given, problems, notices = _sort_out(given)
+    values: dict[str, Any] = {}
+    for _, item in all_settings():
+        if item.name in given and given[item.name].raw is not None:
+            try:
+                values[item.name] = typed(item, given[item.name].raw)
+            except ValueError as error:
+                problems.append(f"{item.name} ({given[item.name].origin}): {error}")
+    schedule = values.get("lr_scheduler_type")
+    if schedule == "constant" and (values.get("warmup_steps") or values.get("warmup_ratio")):
+        notices.append("lr_scheduler_type constant has no warm-up; see constant_with_warmup")
+    groups = {
+        group: kind(
+            **{item.name: values[item.name] for item in fields(kind) if item.name in values}
+        )
+        for group, kind in GROUPS.items()
+    }
+    origins = {key: given[key].origin for key in values}
+    try:
+        return Settings(**groups, notices=tuple(notices), origins=origins), problems
+    except RequestError as error:
+        return Settings(), problems + list(error.problems)
+
+
+def _sort_out(given: dict[str, Given]) -> tuple[dict[str, Given], list[str], list[str]]:
+    """The keys that are settings; and the problems and notices that the others cause."""
+    names = [item.name for _, item in all_settings()]
+    settings: dict[str, Given] = {}
+    problems, notices, ignored = [], [], []
+    for key, value in given.items():
+        where = f"{key} ({value.origin})"
+        if key in names:
+            settings.setdefault(key, value)
+        elif key == "neat_packing":
+            if not asks_for_nothing(value.raw, OFF):
+                settings["packing"] = Given("true", value.origin)
+                notices.append(
+                    "neat_packing means packing: packed documents never see each other here"
+                )
+        elif key in REFUSED:
+            harmless, remedy = REFUSED[key]
+            if not asks_for_nothing(value.raw, harmless):
+                problems.append(f"{where}: {value.raw!r} is not supported: {remedy}")
+        elif key in IGNORED or key.startswith(IGNORED_PREFIXES):
+            ignored.append(key)
+        else:
+            known = [*names, "neat_packing", *REFUSED, *IGNORED]
+            close = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {close[0]}?" if close else "--help lists every key"
+            problems.append(f"{where} is not a known key: {hint}")
+    if ignored:
+        notices.append(f"ignored, they mean nothing here: {', '.join(sorted(ignored))}")
+    return settings, problems, notices
+
+
+def help_text(command: str) -> str:
+    """Every key of a command with its meaning, choices and default, one line each."""
+    lines = [
+        f"usage: python -m minilora.{command} [CONFIG.yaml | CONFIG.json] [--key value ...]",
+        "CONFIG holds the same keys, one `key: value` per line; --key value overrides it.",
+    ]
+    for group, kind in GROUPS.items():
+        lines += ["", f"{group}:"]
+        for item in fields(kind):
+            line = f"  --{item.name:<28} {item.metadata['help']}"
+            if item.metadata["choices"]:
+                line += f" One of {', '.join(item.metadata['choices'])}."
+            if item.default not in (None, ()):
+                line += f" [{_shown(item.default)}]"
+            lines.append(line)
+    return "\n".join(lines)
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, tuple):
+        return ",".join(value)
+    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,0 +1,1 @@
+"""What of DeepSpeed is private (to be filled)."""

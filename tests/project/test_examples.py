@@ -1,0 +1,161 @@
+"""The examples and the shipped DeepSpeed files, read by those who will read them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoConfig, AutoModelForCausalLM, TrainingArguments
+from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
+
+from minilora.data.prepare import prepare
+from minilora.files.deepspeed_file import SHIPPED, find_ds_config
+from minilora.model.llama_shape import LlamaShape
+from minilora.settings.command_line import read_settings
+from minilora.tiny.__main__ import main as write_demo_checkpoint
+from tests.support.processes import Launch
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+LLAMA_31_8B = {
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+}
+FILES = ("zero0", "zero2", "zero3", "zero3_offload")
+
+
+def shipped(name: str) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads(find_ds_config(name).read_text())
+    return config
+
+
+def all_keys(node: dict[str, Any]) -> set[str]:
+    return set(node).union(*(all_keys(part) for part in node.values() if isinstance(part, dict)))
+
+
+@pytest.mark.parametrize(
+    ("config", "dataset_dir", "rows"),
+    [
+        ("llama31_8b_7x4090.yaml", "examples/data", 8),
+        ("demo/demo.yaml", "examples/demo", 24),
+    ],
+)
+def test_examples_need_no_change(tiny: Path, config: str, dataset_dir: str, rows: int) -> None:
+    path = str(ROOT / "examples" / config)
+    assert read_settings([path], "train").data.dataset_dir == dataset_dir
+    there = ["--model_name_or_path", str(tiny), "--dataset_dir", str(ROOT / dataset_dir)]
+    prepared = prepare(read_settings([path, *there], "train"), colour=False)
+    assert prepared.summary.startswith(f"{rows} rows used, 0 dropped; {rows} documents")
+
+
+def test_the_7x4090_example_is_the_job_as_it_was_posted() -> None:
+    settings = read_settings([str(ROOT / "examples" / "llama31_8b_7x4090.yaml")], "train").to_dict()
+    wanted = {
+        "lora_rank": 16,
+        "lora_alpha": 16,
+        "lora_dropout": 0,
+        "lora_target": ("all",),
+        "template": "llama3",
+        "cutoff_len": 2048,
+        "packing": False,
+        "flash_attn": "auto",
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 4,
+        "learning_rate": 5e-5,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 0,
+        "num_train_epochs": 30,
+        "max_grad_norm": 1.0,
+        "optim": "adamw_torch",
+        "bf16": True,
+        "save_steps": 1000,
+        "logging_steps": 5,
+        "plot_loss": True,
+        "max_samples": 100000,
+        "dataset": ("uspto50k_canonical_smiles",),
+        "ddp_timeout": 180000000,
+        "deepspeed": "zero3",
+    }
+    assert {key: settings[key] for key in wanted} == wanted
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_value_has_its_reason(name: str) -> None:
+    text = (SHIPPED / "README.md").read_text(encoding="utf-8")
+    leaves = all_keys(shipped(name)) - {"zero_optimization", "bf16", "enabled", "stage"}
+    assert {key for key in leaves if f"{key}`" not in text} == {"device", "pin_memory"} & leaves
+    for key, value in shipped(name)["zero_optimization"].items():
+        if isinstance(value, int) and value > 1000:
+            assert f"`{key}`" in text and f"{value:,}" in text, key
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_no_file_states_the_global_batch(name: str) -> None:
+    assert "train_batch_size" not in shipped(name)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_the_trainer_fills_them_in(name: str, tiny: Path, tmp_path: Path) -> None:
+    # Before the configuration exists, which would make transformers split the model at once.
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tiny))
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), per_device_train_batch_size=3, gradient_accumulation_steps=5
+    )
+    config = HfTrainerDeepSpeedConfig(shipped(name))
+    config.trainer_config_process(arguments)
+    config.trainer_config_finalize(arguments, model, num_training_steps=10)
+    assert "auto" not in json.dumps(config.config)
+    assert config.config["train_micro_batch_size_per_gpu"] == 3
+    assert config.config["gradient_accumulation_steps"] == 5
+
+
+@pytest.mark.parametrize("name", ["zero3", "zero3_offload"])
+def test_sizes_suit_the_blocks_of_8b(name: str) -> None:
+    """Only whole blocks are fetched ahead, one at a time; LoRA and norms are never split."""
+    zero = shipped(name)["zero_optimization"]
+    shape = LlamaShape.from_config(LLAMA_31_8B)
+    linears = {name: out * inner for name, (out, inner) in shape.linear_shapes().items()}
+    block = sum(linears.values())
+    widest = max(max(size) for size in shape.linear_shapes().values())
+    assert widest * 64 <= zero["stage3_param_persistence_threshold"] < min(linears.values())
+    assert list(linears)[-1] == "down_proj"
+    assert block - linears["down_proj"] < zero["stage3_prefetch_bucket_size"] <= block
+    assert 2 * block - linears["down_proj"] < zero["stage3_max_live_parameters"] <= 2 * block
+    assert block <= zero["stage3_max_reuse_distance"] < 2 * block
+    assert widest * 64 <= zero["reduce_bucket_size"]
+
+
+@pytest.mark.slow
+def test_the_demo_learns_its_answers(tmp_path: Path, launch: Launch) -> None:
+    rows = json.loads((ROOT / "examples" / "demo" / "about_minilora.json").read_text("utf-8"))
+    model, adapter = str(tmp_path / "tiny"), str(tmp_path / "out")
+    assert write_demo_checkpoint([model]) == 0
+    ask = ["-m", "minilora.generate", "--model_name_or_path", model, "--temperature", "0"]
+    questions = [row for row in rows if not row.keys() & {"system", "history"}]
+
+    def answers(*more: str) -> list[str]:
+        found = []
+        for row in questions[:3] + questions[-1:]:
+            prompt = "\n".join(filter(None, (row["instruction"], row["input"])))
+            code, output = launch(1, [*ask, "--prompt", prompt, *more], with_="python")
+            assert code == 0, output
+            found.append(output.strip())
+        return found
+
+    wanted = [row["output"] for row in questions[:3] + questions[-1:]]
+    assert not set(answers("--max_new_tokens", "30")) & set(wanted)
+    paths = ["--dataset_dir", ROOT / "examples" / "demo", "--output_dir", adapter]
+    job = ["-m", "minilora.train", ROOT / "examples" / "demo" / "demo.yaml", *paths]
+    code, output = launch(2, [*job, "--model_name_or_path", model], with_="deepspeed", timeout=300)
+    assert code == 0, output
+    assert answers("--adapter_name_or_path", adapter) == wanted
+    assert (tmp_path / "out" / "training_loss.png").is_file()
+
+
+def test_shipped_files_are_these() -> None:
+    names = {entry.name for entry in SHIPPED.iterdir()}
+    assert names == {f"{name}.json" for name in FILES} | {"README.md"}

@@ -1,0 +1,267 @@
+"""What may happen to a run: it ends in seconds, says why, and what was saved stays whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from minilora.files.adapter import WEIGHTS, write_adapter
+from minilora.files.snapshot import (
+    DRAFT,
+    PREFIX,
+    check_room,
+    claimed,
+    find_snapshot,
+    is_claimed,
+    prune,
+    read_state,
+    read_tensors,
+)
+from minilora.files.weights import INDEX, read_config
+from minilora.model.lora_shape import LoraShape
+from minilora.settings.errors import RequestError
+from minilora.training.engine import MOMENTS
+from tests.support.fault_cases import Results, case, fault, run_cases
+from tests.support.runs import Ground, stage_file
+
+PATIENCE = 4  # ddp_timeout of the cases that wait for it
+
+
+@pytest.fixture(scope="session")
+def tmpfs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Path | None]]:
+    """Mounts small file systems in memory; gives None where that is not allowed."""
+    mounted: list[Path] = []
+
+    def mount(size: str) -> Path | None:
+        folder = tmp_path_factory.mktemp("tmpfs")
+        words = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+        if os.geteuid() or subprocess.run(words, capture_output=True).returncode:
+            return None
+        mounted.append(folder)
+        return folder
+
+    yield mount
+    for folder in mounted:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def great_adapter(ground: Ground) -> Path:
+    """A start whose outputs are the base's, for B is zero, and whose gradients overflow."""
+    folder = ground.folder / "great"
+    _, shape = read_config(ground.models["tiny"])
+    lora = LoraShape(4, 4 * 10**9, 0.0, ("q_proj",))
+    shapes = lora.parameter_shapes(shape)
+    tensors = {name: torch.full(size, 1e35 * name.endswith("A")) for name, size in shapes.items()}
+    write_adapter(folder, tensors, lora, ground.models["tiny"])
+    return folder
+
+
+def broken_base(ground: Ground) -> Path:
+    """A copy of the base whose last weight is NaN: the second of two ranks reads it."""
+    name = "lm_head.weight"
+    folder = Path(shutil.copytree(ground.models["tiny"], ground.folder / "broken-base"))
+    file = folder / json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"][name]
+    tensors = load_file(file)
+    tensors[name][-1, -1] = torch.nan
+    save_file(tensors, file)
+    return folder
+
+
+def cases(ground: Ground, tmpfs: Callable[[str], Path | None]) -> list[dict[str, Any]]:
+    impatient = {"ddp_timeout": PATIENCE}
+    great = {"adapter_name_or_path": str(great_adapter(ground)), "warmup_steps": 0}
+    stage0 = {"deepspeed": str(stage_file(ground.folder, 0)), "ranks": 1}
+    found = [
+        case(ground, "killed", fault("step", "SIGKILL", (1,), 4), ranks=3),
+        case(ground, "first killed", fault("step", "SIGKILL", (0,), 4)),
+        case(ground, "killed loading", fault("loading", "SIGKILL", (1,)), ranks=3),
+        case(ground, "raising", fault("step", "raise", (1,), 4)),
+        case(ground, "stopped", fault("step", "SIGSTOP", (1,), 4), **impatient),
+        case(ground, "stopped saving", fault("save", "SIGSTOP", (0,), 2), **impatient),
+        case(ground, "slow", fault("tokenising", f"sleep {PATIENCE + 2}"),
+             fault("save", f"sleep {PATIENCE + 2}"), **impatient, save_steps=6,
+             link_seconds=PATIENCE),
+        case(ground, "hanging", fault("step", "sleep 14", (1,), 4), **impatient),
+        case(ground, "no link", fault("links", "sleep 30", (1,)), link_seconds=2),
+        case(ground, "asked", fault("step", "echo; SIGTERM", (1,), 3)),
+        case(ground, "first asked", fault("loading", "SIGTERM", (0,))),
+        case(ground, "asked early", fault("tokenising", "SIGINT"), ranks=1),
+        case(ground, "asked loading", fault("loading", "SIGTERM", (0, 1))),
+        case(ground, "asked twice", fault("step", "SIGTERM", (0,), 3),
+             fault("file of a save", "SIGTERM", (0,), 4)),
+        case(ground, "moved", fault("log", "move", (0,), 4), ranks=1),
+        case(ground, "in use", claimed=True, ranks=1),
+        case(ground, "snapshot spoilt", fault("check", "flip", count=2), **stage0),
+        case(ground, "adapter spoilt", fault("check", "flip"), save_strategy="no", **stage0),
+        case(ground, "still", adapter_name_or_path="null", learning_rate=1e-300, max_steps=1,
+             save_strategy="no", **stage0),
+        case(ground, "rate", learning_rate=1e30, warmup_steps=0, lr_scheduler_type="constant"),
+        case(ground, "gradient", **great),
+        case(ground, "gradient alone", **great, **stage0),
+        case(ground, "base", model_name_or_path=str(broken_base(ground))),
+    ]  # fmt: skip
+    for name, do in (("full", "fill"), ("read-only", "read-only")):
+        if folder := tmpfs("4m"):
+            output = {"output_dir": str(folder / "out")}
+            found.append(case(ground, name, fault("save", do, (0,), 2), **output))
+    return found
+
+
+@pytest.fixture(scope="session")
+def results(ground: Ground, tmpfs: Callable[[str], Path | None]) -> Results:
+    return run_cases(cases(ground, tmpfs), ground.folder / "faults.json")
+
+
+# Case -> exit code of each rank, seconds in which they end on a busy machine, words of the one
+# message, and the snapshot that must be whole.
+ENDS: dict[str, tuple[list[int], float, str, int | None]] = {
+    "killed": ([1, -9, 1], 15, "rank 1 (process # ) has ended; the last snapshot is", 2),
+    "first killed": ([-9, 1], 15, "rank 0 (process # ) has ended; the last snapshot is", 2),
+    "killed loading": ([1, -9, 1], 15, "rank 1 (process # ) has ended; there is no snapshot", None),
+    "raising": ([1, 1], 15, "rank 1 (process # ) has ended; the last snapshot is", 2),
+    "stopped": ([1, -9], 15 + PATIENCE, "rank 1 (process # ) is stopped; the last snapshot is", 2),
+    "stopped saving": ([-9, 1], 15 + PATIENCE, "rank 0 (process # ) is stopped; the last", 2),
+    "hanging": ([1, 1], 40, "the ranks lost touch: Timed out waiting 4000ms", 2),
+    "no link": ([1, 1], 45, "could not add up 1 MB in 2 s: on GPUs without peer-to-peer (RTX 4090)"
+                " set NCCL_P2P_DISABLE=1", None),
+    "asked": ([143, 143], 15, "SIGTERM: stopped after step 4; the last snapshot is", 4),
+    "asked early": ([130], 5, "SIGINT: stopped outside the steps; there is no snapshot", None),
+    "asked loading": ([143, 143], 15, "SIGTERM: stopped outside the steps; there is no", None),
+    "first asked": ([143, 1], 15, "SIGTERM: stopped outside the steps; there is no", None),
+    "asked twice": ([-15, 1], 15, "rank 0 (process # ) has ended; the last snapshot is", 2),
+    "moved": ([1], 5, "trainer_log.jsonl cannot be written: No such file or directory", None),
+    "snapshot spoilt": ([1], 5, "checkpoint-4/adapter_model.safetensors: base_model.model.", None),
+    "adapter spoilt": ([1], 5, "adapter_model.safetensors: base_model.model.", None),
+    "still": ([1], 1e10, "14 of the adapter's matrices never moved from zero, model.", None),
+    "full": ([1, 1], 15, "/out cannot be written: No space left on device; the last", 2),
+    "read-only": ([1, 1], 15, "cannot be written: Read-only file system", 2),
+}  # fmt: skip
+
+
+def only_message(result: dict[str, Any]) -> str:
+    """The one line that all ranks together say about the end, process numbers as #."""
+    lines = "\n".join(result["outputs"]).splitlines()
+    (message,) = [line for line in lines if line.startswith("error: ")]
+    return re.sub(r"process \d+", "process # ", message)
+
+
+def check_whole(folder: Path) -> None:
+    """A snapshot can be read: where it stood, every tensor, and its adapter."""
+    assert read_state(folder).step == int(folder.name.removeprefix(PREFIX))
+    named = {name.removeprefix("base_model.model.").removesuffix(".weight"): tensor
+             for name, tensor in load_file(folder / WEIGHTS).items()}  # fmt: skip
+    shapes = {f"{name}{end}": tuple(tensor.shape) for name, tensor in named.items()
+              for end in ("", *(f".{moment}" for moment in MOMENTS))}  # fmt: skip
+    tensors = read_tensors(folder, shapes)
+    assert tensors.keys() == shapes.keys()
+    assert all(torch.equal(tensors[name], tensor) for name, tensor in named.items())
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_a_fault_ends_the_run_in_seconds_and_is_named(name: str, results: Results) -> None:
+    codes, seconds, words, step = ENDS[name]
+    if name not in results:
+        pytest.skip("mounting a file system needs root")
+    result = results[name]
+    assert result["codes"] == codes, result
+    assert max(result["seconds"]) < seconds
+    assert words in only_message(result)
+    assert ("Traceback" in "".join(result["outputs"])) == (name == "raising")
+    assert not result["left"], "tokens of a run that is over"
+    if step is not None:
+        output = Path(result["job"]["output_dir"])
+        if name == "read-only":
+            subprocess.run(["umount", str(output)], check=True)
+        assert find_snapshot(output, "true") == output / f"{PREFIX}{step}"
+        check_whole(output / f"{PREFIX}{step}")
+
+
+def test_a_failing_rank_shows_its_own_mistake(results: Results) -> None:
+    first, second = results["raising"]["outputs"]
+    assert "ValueError: made by the test" in second and "ValueError" not in first
+
+
+def test_a_moved_folder_keeps_its_snapshot(results: Results) -> None:
+    check_whole(Path(results["moved"]["job"]["output_dir"] + "-away") / f"{PREFIX}2")
+
+
+def test_slow_work_of_one_rank_trips_no_timeout(results: Results) -> None:
+    result = results["slow"]
+    assert result["codes"] == [0, 0], result
+    check_whole(Path(result["job"]["output_dir"]) / f"{PREFIX}6")
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update(results: Results) -> None:
+    result = results["rate"]
+    assert result["codes"] == [1, 1]
+    found = re.search(r"error: step 2: the loss is (nan|inf) on rank (\d), which had the rows "
+                      r"\[(.*?)\]; nothing was updated", only_message(result))  # fmt: skip
+    assert found and found[2] in "01"
+    assert len(found[3].split(", ")) == 4
+    assert not list(Path(result["job"]["output_dir"]).glob(f"{PREFIX}*"))
+
+
+@pytest.mark.parametrize("name", ["gradient", "gradient alone"])
+def test_a_gradient_that_is_not_finite_stops_before_the_update(name: str, results: Results) -> None:
+    result = results[name]
+    assert set(result["codes"]) == {1}
+    assert re.match(r"error: step 1: the gradient's norm is (nan|inf); nothing was updated",
+                    only_message(result))  # fmt: skip
+
+
+def test_a_weight_that_is_not_finite_is_named_though_another_rank_reads_it(
+    results: Results,
+) -> None:
+    result = results["base"]
+    assert result["codes"] == [2, 2]
+    assert ".safetensors: lm_head.weight holds NaN or infinite weights" in only_message(result)
+
+
+def test_two_runs_never_share_a_folder(results: Results, tmp_path: Path) -> None:
+    result = results["in use"]
+    assert result["codes"] == [2]
+    assert re.search(r"is in use by process # +on .*; name another folder", only_message(result))
+    with claimed(tmp_path):
+        with pytest.raises(RequestError, match=f"in use by process {os.getpid()} on"):
+            with claimed(tmp_path):
+                pass
+        assert is_claimed(tmp_path)
+    with claimed(tmp_path):  # what is over claims nothing
+        pass
+    assert not is_claimed(tmp_path)
+
+
+def test_output_dir_needs_room_and_leave_to_write(
+    tmpfs: Callable[[str], Path | None], tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(RequestError, match="output_dir: .*/file is a file"):
+        check_room(tmp_path / "file" / "out", 0)
+    check_room(tmp_path / "new" / "out", 1000)
+    assert not (tmp_path / "new").exists(), "checking leaves nothing behind"
+    if (small := tmpfs("64k")) is None:
+        pytest.skip("mounting a file system needs root")
+    with pytest.raises(RequestError, match="has 6.6e-05 GB free, 3 snapshots .* need 0.012 GB"):
+        check_room(small / "out", 10**6)
+    subprocess.run(["mount", "-o", "remount,ro", str(small)], check=True)
+    for refuse in (lambda: check_room(small / "out", 0), claimed(small / "out").__enter__):
+        with pytest.raises(RequestError, match=f"output_dir: {small}.* cannot be written"):
+            refuse()
+
+
+def test_leftovers_of_an_earlier_run_go_first(tmp_path: Path) -> None:
+    for step in (2, 4, 900):
+        (tmp_path / f"{PREFIX}{step}").mkdir()
+    (tmp_path / f"{PREFIX}6{DRAFT}").mkdir()
+    prune(tmp_path, 2, tmp_path / f"{PREFIX}4")
+    assert {path.name for path in tmp_path.iterdir()} == {f"{PREFIX}2", f"{PREFIX}4"}

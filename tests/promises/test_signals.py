@@ -1,0 +1,128 @@
+"""Real launchers, asked to stop: every process ends, and the step that was done is saved."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import pytest
+
+from minilora.files.snapshot import PREFIX, read_state
+from tests.support.processes import command_line
+from tests.support.runs import Ground, log, stage_file
+
+SECONDS = 60  # on a busy machine; the launchers kill what is left after 30
+
+
+def parents() -> dict[int, int]:
+    """Every process that runs, and its parent."""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, parent = path.read_text(errors="replace").rpartition(") ")[2].split()[:2]
+        except OSError:
+            continue
+        if state not in "ZX":
+            found[int(path.parent.name)] = int(parent)
+    return found
+
+
+@dataclass
+class Launched:
+    """A run under a launcher, whom to signal, and what the launcher shall then return."""
+
+    job: dict[str, object]
+    process: subprocess.Popen[bytes]
+    output: IO[bytes]
+    target: str
+    code: int
+
+    def below(self) -> list[int]:
+        """The launcher and all its processes, ranks last."""
+        family, tree = [self.process.pid], parents()
+        for member in family:
+            family += [child for child, parent in tree.items() if parent == member]
+        return family
+
+
+ENDS = {
+    "deepspeed": ("deepspeed", "launcher", -signal.SIGTERM),
+    "deepspeed, a rank": ("deepspeed", "rank", 128 + signal.SIGTERM),
+    "torchrun": ("torchrun", "launcher", 1),
+    "nobody reads": ("python", "launcher", 128 + signal.SIGTERM),
+}
+
+
+@pytest.fixture
+def run(request: pytest.FixtureRequest, ground: Ground) -> Iterator[Launched]:
+    """A run without an end."""
+    launcher, target, code = ENDS[request.param]
+    # Snapshots of adapters alone, but for the one of a signal: it is there to go on from.
+    changes = {"max_steps": 10**6, "save_steps": 10**6, "per_device_train_batch_size": 1,
+               "save_only_model": True, "deepspeed": str(stage_file(ground.folder, 3))}  # fmt: skip
+    job = ground.job(f"signal-{launcher}-{target}", "tiny", **changes)
+    words = ["-m", "minilora.train", *(f"--{key}={value}" for key, value in job.items())]
+    output = tempfile.TemporaryFile()
+    ranks, writes = (1, subprocess.PIPE) if launcher == "python" else (2, output)
+    command = command_line(launcher, ranks, words)
+    process = subprocess.Popen(command, stdout=writes, stderr=subprocess.STDOUT)
+    launched = Launched(job, process, output, target, code)
+    yield launched
+    for member in launched.below():
+        if process.poll() is None:
+            os.kill(member, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("run", ENDS, indirect=True)
+def test_sigterm_saves_and_leaves_no_process(run: Launched) -> None:
+    folder = Path(str(run.job["output_dir"]))
+    deadline = time.monotonic() + 120
+    while not (folder / "trainer_log.jsonl").exists() or len(log(run.job, "loss")) < 2:
+        assert run.process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.1)
+    family = run.below()
+    if run.process.stdout is None:
+        assert len(family) >= 3
+    else:
+        run.process.stdout.close()  # as Ctrl-C ends the `tee` behind a pipe
+    os.kill(family[0] if run.target == "launcher" else family[-1], signal.SIGTERM)
+    deadline = time.monotonic() + SECONDS
+    while set(family) & parents().keys():
+        assert time.monotonic() < deadline, "a process is left"
+        run.process.poll()
+        time.sleep(0.1)
+    assert run.process.wait() == run.code
+    (saved,) = folder.glob(f"{PREFIX}*")
+    step = read_state(saved).step
+    assert log(run.job, "current_steps") == list(range(1, step + 1))
+    if run.process.stdout is not None:
+        return
+    run.output.seek(0)
+    output = run.output.read().decode()
+    assert output.count("error: ") == 1
+    assert f"error: SIGTERM: stopped after step {step}; the last snapshot is {saved}" in output
+
+
+@pytest.mark.parametrize("delay", [0.0, 0.2, 0.4])
+def test_a_signal_while_libraries_are_imported_ends_the_process_at_once(delay: float) -> None:
+    """Raised in the C code of an import it would be printed, swallowed, or waited for."""
+    command = [sys.executable, "-m", "minilora.train", "--model_name_or_path=nowhere"]
+    command += ["--dataset=rows.json", "--output_dir=out"]
+    process = subprocess.Popen(
+        command, env={**os.environ, "RANK": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    while b"libtorch_cpu" not in Path(f"/proc/{process.pid}/maps").read_bytes():
+        assert process.poll() is None
+        time.sleep(0.01)
+    time.sleep(delay)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=10)
+    assert (process.returncode, output) == (-signal.SIGTERM, b"")

@@ -1,0 +1,41 @@
+"""Training runs to which something happens: how they are described, started and read back."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from tests.support.runs import Ground, stage_file
+
+FAULTS = Path(__file__).with_name("faults.py")
+
+
+Results = dict[str, dict[str, Any]]
+
+
+def fault(at: str, do: str, ranks: tuple[int, ...] = (0,), count: int = 1) -> dict[str, Any]:
+    return {"at": at, "do": do.split("; "), "ranks": ranks, "count": count}
+
+
+def case(ground: Ground, name: str, *faults: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    """A run of 6 steps with a snapshot after every second one."""
+    settings = {key: changes.pop(key) for key in ("ranks", "link_seconds", "claimed", "limit")
+                if key in changes}  # fmt: skip
+    job = {"max_steps": 6, "save_steps": 2, "per_device_train_batch_size": 4,
+           "deepspeed": str(stage_file(ground.folder, 3)), **changes}  # fmt: skip
+    job = ground.job(f"fault-{name.replace(' ', '-')}", "tiny", **job)
+    return {"name": name, "ranks": 2, "job": job, "faults": faults, **settings}
+
+
+def run_cases(listed: list[dict[str, Any]], path: Path) -> Results:
+    path.write_text(json.dumps(listed), encoding="utf-8")
+    words = [sys.executable, str(FAULTS), str(path)]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = {line["name"]: line for line in map(json.loads, done.stdout.splitlines())}
+    for one in listed:
+        found[one["name"]]["job"] = one["job"]
+    return found

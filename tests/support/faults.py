@@ -1,0 +1,176 @@
+"""Run in a process of its own: training runs to which something happens at a chosen moment.
+
+python tests/support/faults.py CASES.json
+
+Imports are paid once; each rank is a fork that trains as `minilora.train` does, under a launcher
+that starts ranks and otherwise leaves them alone: whoever ends has ended by itself. What happens
+to a rank is real: a signal, a full disk, a folder that is gone. Prints a line of JSON per case:
+exit codes, seconds from the first fault to the end, and output of each rank.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from minilora import train
+from minilora.files import snapshot
+from minilora.processes import world
+from minilora.training import engine, loop
+from minilora.training import shared_documents as tokenise
+
+AT_ONCE = 4  # cases; most of their time is waiting
+# Moments that a fault can be put before: where the function is looked up, and its name.
+MOMENTS: dict[str, tuple[Any, str]] = {
+    "links": (world.World, "try_links"),
+    "tokenising": (tokenise, "prepare"),
+    "loading": (engine, "read_pieces"),
+    "step": (engine.Engine, "step"),
+    "log": (loop.Report, "step"),
+    "save": (loop, "write_snapshot"),
+    "check": (loop, "check_adapter"),
+    "file of a save": (snapshot, "write_atomically"),
+    # What a phase calls first, or it alone: not our functions, for they would be the phase's frame.
+    "gather": (sys.modules["deepspeed.runtime.zero.partition_parameters"], "_dist_allgather_fn"),
+    "forward": (torch.nn.functional, "silu"),
+    "loss": (torch.Tensor, "scatter_add_"),
+    "recompute": (torch.autograd, "grad"),
+    "adam": (torch.optim.AdamW, "step"),
+    "reading the adapter": (engine.ds, "safe_get_full_fp32_param"),
+}
+
+
+def inject(fault: dict[str, Any], case: dict[str, Any], marks: Path) -> None:
+    """Let the fault happen before the count-th call of its moment."""
+    owner, name = MOMENTS[fault["at"]]
+    original, left = getattr(owner, name), [fault.get("count", 1)]
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        left[0] -= 1
+        if left[0] == 0:
+            marks.touch()
+            for what in fault["do"]:
+                happen(what, Path(case["job"]["output_dir"]))
+        return original(*args, **kwargs)
+
+    setattr(owner, name, call)
+
+
+def happen(what: str, output: Path) -> None:
+    word, _, value = what.partition(" ")
+    if word == "raise":
+        raise ValueError("made by the test")
+    if word == "allocate":
+        torch.empty(2**50, dtype=torch.uint8)  # an address space has 2**47
+    if word == "sleep":
+        time.sleep(float(value))
+    elif word == "fill":
+        with (output / "filler").open("wb", buffering=0) as file:
+            try:
+                while True:
+                    file.write(bytes(4096))
+            except OSError:
+                pass
+    elif word == "read-only":
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(output)], check=True)
+    elif word == "echo":  # as launchers pass on what the terminal has sent to all already
+        subprocess.Popen(["sh", "-c", f"sleep 0.4; kill -TERM {os.getpid()}"])
+    elif word == "flip":  # a byte of the newest adapter: the disk keeps something else
+        newest = max(
+            output.rglob("adapter_model.safetensors"), key=lambda path: path.stat().st_mtime
+        )
+        data = newest.read_bytes()
+        newest.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    elif word == "move":
+        output.rename(f"{output}-away")
+    else:
+        os.kill(os.getpid(), getattr(signal, word))
+
+
+def start_rank(case: dict[str, Any], rank: int, port: int, folder: Path) -> int:
+    child = os.fork()
+    if child:
+        return child
+    place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(case["ranks"])}
+    os.environ.update(place, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ["TMPDIR"] = str(folder)
+    handle = os.open(folder / f"output-{rank}", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+    os.dup2(handle, 1)
+    os.dup2(handle, 2)
+    world.LINK_SECONDS = case.get("link_seconds", 30)
+    for fault in case.get("faults", []):
+        if rank in fault["ranks"]:
+            inject(fault, case, folder / f"fault-{rank}")
+    train.leave(train.main([f"--{key}={value}" for key, value in case["job"].items()]))
+
+
+class Running:
+    """A case under way."""
+
+    def __init__(self, case: dict[str, Any]) -> None:
+        self.case = case
+        self.folder = Path(sys.argv[1]).with_name(f"faults {case['name']}")
+        self.folder.mkdir()
+        stops = [fault["ranks"] for fault in case["faults"] if "SIGSTOP" in fault["do"]]
+        self.stopped = {rank for ranks in stops for rank in ranks}
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        self.claim = ExitStack()
+        if case.get("claimed"):
+            self.claim.enter_context(snapshot.claimed(Path(case["job"]["output_dir"])))
+        ranks = range(case["ranks"])
+        self.ranks = [start_rank(case, rank, port, self.folder) for rank in ranks]
+        self.ends: dict[int, tuple[int, float]] = {}
+        self.deadline = time.monotonic() + case.get("limit", 60)
+
+    def is_over(self) -> bool:
+        """Reap; what hangs too long is killed, and so are stopped ranks once the others ended."""
+        running = set(range(len(self.ranks))) - self.ends.keys()
+        for rank, child in enumerate(self.ranks):
+            if rank not in self.ends:
+                if running <= self.stopped or time.monotonic() > self.deadline:
+                    os.kill(child, signal.SIGKILL)
+                ended, status = os.waitpid(child, os.WNOHANG)
+                if ended:
+                    self.ends[rank] = (os.waitstatus_to_exitcode(status), time.time())
+        return len(self.ends) == len(self.ranks)
+
+    def result(self) -> dict[str, Any]:
+        self.claim.close()
+        ends = [self.ends[rank] for rank in range(len(self.ranks))]
+        first = min((path.stat().st_mtime for path in self.folder.glob("fault-*")), default=0.0)
+        outputs = [self.folder / f"output-{rank}" for rank in range(len(self.ranks))]
+        return {
+            "name": self.case["name"],
+            "codes": [code for code, _ in ends],
+            "seconds": [end - first for _, end in ends],
+            "outputs": [path.read_text(encoding="utf-8") for path in outputs],
+            "left": sorted(path.name for path in self.folder.glob("minilora-*")),
+        }
+
+
+def main() -> None:
+    cases = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    running: list[Running] = []
+    while cases or running:
+        while cases and len(running) < AT_ONCE:
+            running.append(Running(cases.pop(0)))
+        for one in [one for one in running if one.is_over()]:
+            running.remove(one)
+            print(json.dumps(one.result()), flush=True)
+        time.sleep(0.02)
+
+
+if __name__ == "__main__":
+    main()
