@@ -29,6 +29,7 @@ from minilora.data.documents import Documents
 from minilora.data.schedule import Schedule
 from minilora.data.steps import Place, Step, TileLimits, build_step
 from minilora.files.deepspeed_file import Facts, find_ds_config, resolve_ds_config
+from minilora.files.model_config import shape_from_config
 from minilora.files.weights import Checkpoint
 from minilora.memory.job import MemoryJob, memory_job
 from minilora.memory.measured import expand_segments
@@ -208,7 +209,7 @@ def _batch(case: Case, world: World) -> Step:
     place = Place(world.rank, world.size)
     limits = TileLimits(case.tile_tokens, case.gather_tokens)
     chosen = schedule.rows(0)
-    return build_step(Documents.of(encoded), chosen, step=0, place=place, limits=limits, seed=1)
+    return build_step(Documents.of(encoded), chosen, 0, schedule, place, limits)
 
 
 def predict(case: Case, size: Size, ranks: int, on_gpu: bool) -> dict[str, Any]:
@@ -236,7 +237,7 @@ def _setup(case: Case, size: Size, ranks: int, on_gpu: bool) -> MemoryJob:
 
 
 def _shape(case: Case, size: Size) -> LlamaShape:
-    return LlamaShape.from_config(size.config() | {"tie_word_embeddings": case.tied})
+    return shape_from_config(size.config() | {"tie_word_embeddings": case.tied})
 
 
 def _ds_config(case: Case, size: Size, ranks: int) -> dict[str, Any]:

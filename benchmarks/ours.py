@@ -23,7 +23,7 @@ from minilora.memory.peak import budget
 from minilora.memory.ways import Way
 from minilora.memory.zero3_gathers import Zero
 from minilora.processes.startup_times import StartupTimes
-from minilora.processes.world import World, wants_bf16
+from minilora.processes.world import World
 from minilora.report.run_log import Report, StepRecord
 from minilora.settings.settings import (
     DataSettings,
@@ -77,21 +77,21 @@ def run(turns: Turns) -> None:
         rows_per_step=per_step,
         cutoff_len=size.cutoff,
         packing=variant.packing,
+        break_even_length=size.shape.break_even_length,
         max_steps=turns.order.steps + 1,  # the turns end the run before its last step
         disable_shuffling=True,
     )
     setup = memory_job(settings, size.shape, Zero.of(plan.ds_config), world.size)
-    setup = replace(setup, bf16=wants_bf16(settings.train))
+    setup = replace(setup, bf16=settings.train.computes_in_bf16(torch.cuda.is_available()))
     asked = Way(variant.name, setup, budget(setup)), dict[str, Zero]()
-    way = foresee(world, asked, plan, schedule, settings.keeps_what_fits).asked.setup
+    way = foresee(world, asked, plan.lora, schedule, settings.keeps_what_fits).asked.setup
     plan = replace(plan, keep_blocks=way.keep_blocks)
     settings = replace(settings, train=replace(options, gather_tokens=way.gather_tokens))
     turns.counted["kept"] = plan.keep_blocks
     phases = StartupTimes()
     phases.done = turns.mark  # type: ignore[method-assign]
     engine = Engine(world, plan, phases)
-    start, even = State(0, 0, {}, {}, {}), size.shape.even_length
-    job = Job(settings, documents, schedule, plan.lora, start, even_length=even)
+    job = Job(settings, documents, schedule, plan.lora, State(0, 0, {}, {}, {}))
     with Watch(turns, engine, options, schedule.total_steps, world.rank == 0) as report:
         train(world, engine, job, report)
 
@@ -120,7 +120,9 @@ def _settings(turns: Turns, size: Size) -> Settings:
 
 def _plan(turns: Turns, size: Size, settings: Settings) -> ModelRecipe:
     variant, shape = turns.order.variant, size.shape
-    facts = Facts(variant.world, size.hidden, wants_bf16(settings.train))
+    facts = Facts(
+        variant.world, size.hidden, settings.train.computes_in_bf16(torch.cuda.is_available())
+    )
     path = _ds_file(turns, size)
     like = _like(turns)
     adapter = {
@@ -128,7 +130,7 @@ def _plan(turns: Turns, size: Size, settings: Settings) -> ModelRecipe:
         for name, parameter in size.lora.parameter_shapes(shape).items()
     }
     return ModelRecipe(
-        checkpoint=Checkpoint(Path("made up"), size.config(), shape, {}),
+        checkpoint=Checkpoint(Path("made up"), shape, {}),
         lora=size.lora,
         adapter=adapter,
         train=settings.train,

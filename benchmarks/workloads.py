@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from minilora.files.model_config import shape_from_config
 from minilora.model.llama_shape import LlamaShape
 from minilora.model.lora_shape import LoraShape
 
@@ -95,7 +96,7 @@ class Size:
 
     @property
     def shape(self) -> LlamaShape:
-        return LlamaShape.from_config(self.config())
+        return shape_from_config(self.config())
 
     @property
     def lora(self) -> LoraShape:

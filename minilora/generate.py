@@ -19,6 +19,7 @@ from minilora.data.conversations import BadRow, Turn, to_turns
 from minilora.data.sources import OPENAI_TAGS, Row, read_rows
 from minilora.data.tokenizer import load_tokenizer
 from minilora.files.adapter import read_adapter, read_adapter_shape
+from minilora.files.model_config import read_model_config
 from minilora.files.weights import Checkpoint, TensorPart, read_checkpoint, read_parts
 from minilora.memory.measured import free_memory
 from minilora.model.decode import Sampling, generate
@@ -50,10 +51,10 @@ def run(args: argparse.Namespace) -> None:
     """Check, load, answer. Raises RequestError before the weights are read."""
     if problems := _option_problems(args):
         raise RequestError(problems)
-    checkpoint = read_checkpoint(args.model_name_or_path)
+    checkpoint = read_checkpoint(read_model_config(args.model_name_or_path))
     tokenizer = load_tokenizer(args.model_name_or_path)
     template = make_template(args.template, tokenizer, args.system)
-    room = checkpoint.config.get("max_position_embeddings", math.inf) - args.max_new_tokens
+    room = (checkpoint.shape.max_positions or math.inf) - args.max_new_tokens
     encode: Encode = partial(encode_rows, template, room)
     rows = (
         read_prompts(args.prompts) if args.prompts else [Row("--prompt", {"prompt": args.prompt})]

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from minilora.files.merging import Update, clashes, export_adapter, export_merged, read_updates
+from minilora.files.model_config import read_model_config
 from minilora.files.weights import read_checkpoint
 from minilora.settings.errors import RequestError, exit_code
 
@@ -21,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> None:
     """Check everything, then write. Raises RequestError before anything is written; RunError."""
-    checkpoint = read_checkpoint(args.model_name_or_path)
+    checkpoint = read_checkpoint(read_model_config(args.model_name_or_path))
     adapters = [Path(name) for name in args.adapter_name_or_path.split(",")]
     problems = _folder_problems(args.export_dir)
     weights = _weights(args.adapter_weights, len(adapters), problems)

@@ -10,15 +10,16 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby
-from pathlib import Path
 
-from minilora.files.deepspeed_file import SHIPPED, Facts, find_ds_config, resolve_ds_config
-from minilora.memory.job import MemoryJob, memory_job
-from minilora.memory.peak import GIB, Budget, budget
+from minilora.files.deepspeed_file import Facts, read_deepspeed_files
+from minilora.files.model_config import read_model_config
+from minilora.memory.job import MemoryJob
+from minilora.memory.peak import GIB, Budget
 from minilora.memory.ways import (
     MARGIN,
     TILES,
     Way,
+    asked_way,
     keep_most_blocks,
     longest_document,
     nearest_that_fit,
@@ -26,13 +27,11 @@ from minilora.memory.ways import (
     ways,
 )
 from minilora.memory.zero3_gathers import Zero
-from minilora.model.llama_shape import LlamaShape
 from minilora.report.curves import drawing, new_figure
 from minilora.settings.command_line import read_options
 from minilora.settings.errors import RequestError, exit_code
 from minilora.settings.settings import Settings
 from minilora.settings.terminal import Lasting
-from minilora.settings.text_files import read_json
 
 # A card sold with 24 GB has 24 x 2^30 bytes, of which the driver keeps a part: torch reports
 # 23.64 GiB for an RTX 4090, and 79.1 GiB for an H100 of 80 GB.
@@ -65,7 +64,10 @@ def _run(own: argparse.Namespace, settings: Settings) -> int:
     wrong = [key for key in ("num_gpus", "gpu_memory", "link_gbps") if not getattr(own, key) > 0]
     if wrong:
         raise RequestError([f"--{key} must be above 0" for key in wrong])
-    asked, files = asked_for(settings, own.num_gpus, settings.train.bf16 is not False)
+    shape = read_model_config(settings.base).shape
+    facts = Facts(own.num_gpus, shape.hidden_size, settings.train.computes_in_bf16(on_gpu=True))
+    ds_configs = read_deepspeed_files(settings.train, facts)
+    asked, files = asked_way(settings, shape, ds_configs, own.num_gpus, on_gpu=True)
     setup, limit = asked.setup, int(own.gpu_memory * GIB * USABLE)
     found = ways(asked, files)
     spare = (limit - asked.budget.total) / GIB
@@ -157,26 +159,6 @@ def _longest(setup: MemoryJob, files: Mapping[str, Zero], limit: int) -> Iterato
         ways = [replace(setup, zero=zero), replace(setup, zero=zero, offload_activations=True)]
         here, away = (longest_document(way, limit) for way in ways)
         yield f"  {file:<16}{here:>10,}{f'({away:,})' * (setup.keep_blocks == 0):>12}"
-
-
-def asked_for(settings: Settings, ranks: int, bf16: bool) -> tuple[Way, dict[str, Zero]]:
-    """What the settings ask for, and the DeepSpeed files that could serve, the asked one first.
-
-    Raises RequestError for a config.json or a DeepSpeed file that cannot be used.
-    """
-    assert settings.model.model_name_or_path
-    path = Path(settings.model.model_name_or_path) / "config.json"
-    shape = LlamaShape.from_config(read_json(path), str(path))
-    facts = Facts(ranks, shape.hidden_size, bf16)
-    name = find_ds_config(settings.train.deepspeed).stem
-    shipped = sorted(e.name[:-5] for e in SHIPPED.iterdir() if e.name.endswith(".json"))
-    sources = {name: settings.train.deepspeed} | {n: n for n in shipped if n != name}
-    files = {
-        file: Zero.of(resolve_ds_config(find_ds_config(source), settings.train, facts))
-        for file, source in sources.items()
-    }
-    setup = replace(memory_job(settings, shape, files[name], ranks), bf16=bf16)
-    return Way(name, setup, budget(setup)), files
 
 
 def _plot(path: str, found: Sequence[Way], limit: int) -> None:

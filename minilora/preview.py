@@ -9,7 +9,6 @@ import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 
@@ -18,7 +17,7 @@ from minilora.data.documents import Documents, Int64s
 from minilora.data.prepare import Prepared, prepare
 from minilora.data.schedule import Schedule
 from minilora.data.steps import Place, TileLimits, build_step
-from minilora.files.weights import read_config
+from minilora.files.model_config import read_model_config
 from minilora.report.curves import drawing, label, new_figure
 from minilora.settings.command_line import read_options
 from minilora.settings.errors import RequestError, exit_code
@@ -40,16 +39,16 @@ def run(own: argparse.Namespace, settings: Settings) -> None:
     if problems := [problem for problem, held in least.items() if not held]:
         raise RequestError(problems)
     print(*settings.notices, sep="\n", end="\n" * bool(settings.notices), file=sys.stderr)
-    prepared = prepare(settings, colour=False)
+    shape = read_model_config(settings.base).shape
+    prepared = prepare(settings, shape, colour=False)
     documents = prepared.documents
-    _, shape = read_config(Path(settings.model.model_name_or_path or ""))
     print(
         *samples(prepared, own.samples, sys.stdout.isatty()),
         prepared.summary,
         "",
         *histogram(documents.lengths),
         "",
-        *steps(documents, settings, Place(0, own.num_gpus, shape.even_length)),
+        *steps(documents, settings, own.num_gpus, shape.break_even_length),
         sep="\n",
     )
     if own.plot:
@@ -89,15 +88,16 @@ def histogram(lengths: Int64s) -> Iterator[str]:
         yield f"{edges}{count:>11,}{shares[index]:>8.0%}  {bar}"
 
 
-def steps(documents: Documents, settings: Settings, place: Place) -> Iterator[str]:
+def steps(
+    documents: Documents, settings: Settings, ranks: int, break_even_length: float
+) -> Iterator[str]:
     """Lines: optimizer steps with and without packing, how full tiles are, what padding would cost.
 
-    All of the first epoch, in its order; the tiles are those of this place.
+    All of the first epoch, in its order; the tiles are those of rank 0.
     """
-    ranks = place.world_size
     train, cutoff = settings.train, settings.data.cutoff_len
     batch = train.per_device_train_batch_size
-    asked = Schedule.of(documents.lengths, settings, ranks)
+    asked = Schedule.of(documents.lengths, settings, ranks, break_even_length)
     rows = asked.rows_per_step
     total, room = len(documents.tokens), rows * cutoff
     names = ("steps/epoch", "all steps", "documents/step", "tokens/step")
@@ -117,10 +117,9 @@ def steps(documents: Documents, settings: Settings, place: Place) -> Iterator[st
     tiles = [
         sum(tile)
         for step, chosen in enumerate(order)
-        for span in build_step(documents, chosen, step=step, place=place, limits=limits,
-                               seed=train.seed).spans
+        for span in build_step(documents, chosen, step, asked, Place(0, ranks), limits).spans
         for tile in span.tiles
-    ]  # fmt: skip
+    ]
     used = sum(tiles) / sum(max(tile, train.tile_tokens) for tile in tiles)
     yield (
         f"a tile has {np.mean(tiles):,.0f} tokens on average: {used:.0%} of tile_tokens, "

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 
 from minilora.data.chat import Encoded, encode_texts, make_template, show
 from minilora.data.datasets import Tally, read_conversations
 from minilora.data.documents import Documents
 from minilora.data.schedule import permutation
 from minilora.data.tokenizer import Tokenizer, load_tokenizer
+from minilora.model.llama_shape import LlamaShape
 from minilora.settings.errors import RequestError
 from minilora.settings.settings import Settings
-from minilora.settings.text_files import read_json
 
 
 @dataclass(frozen=True)
@@ -30,14 +29,12 @@ class Prepared:
     tokenizer: Tokenizer
 
 
-def prepare(settings: Settings, colour: bool) -> Prepared:
+def prepare(settings: Settings, shape: LlamaShape, colour: bool) -> Prepared:
     """Read and tokenise the datasets of a run.
 
     colour: mark the trained part of the sample in green. Raises RequestError.
     """
-    assert settings.model.model_name_or_path
-    data = settings.data
-    folder = Path(settings.model.model_name_or_path)
+    data, folder = settings.data, settings.base
     tokenizer = load_tokenizer(folder)
     encoded, tally = _encode(settings, data.dataset, tokenizer)
     held_out: list[Encoded] = []
@@ -47,15 +44,13 @@ def prepare(settings: Settings, colour: bool) -> Prepared:
     elif data.val_size:
         encoded, held_out = _hold_out(encoded, data.val_size, settings.train.seed)
     documents, validation = Documents.of(encoded), Documents.of(held_out)
-    config = read_json(folder / "config.json")
-    known, made_for = config.get("vocab_size"), config.get("max_position_embeddings")
     both = (documents, validation)
     highest = max(int(part.tokens.max(initial=0)) for part in both)
-    if isinstance(known, int) and highest >= known:
+    if highest >= shape.vocab_size:
         raise RequestError(
             [
                 f"{folder / 'tokenizer.json'}: makes token {highest}, beyond the vocab_size "
-                f"{known} of config.json; is it another model's tokenizer?"
+                f"{shape.vocab_size} of config.json; is it another model's tokenizer?"
             ]
         )
     summary = (
@@ -65,10 +60,10 @@ def prepare(settings: Settings, colour: bool) -> Prepared:
         + (f" ({held_tally.summary()})" if held_tally else "")
     )
     longest = max(int(part.lengths.max(initial=0)) for part in both)
-    if isinstance(made_for, int) and longest > made_for:
+    if shape.max_positions is not None and longest > shape.max_positions:
         summary += (
             f"\nthe longest document has {longest:,} tokens, and the base model was made for "
-            f"{made_for:,} (max_position_embeddings): lower cutoff_len"
+            f"{shape.max_positions:,} (max_position_embeddings): lower cutoff_len"
         )
     sample = show(tokenizer, encoded[0], colour)
     return Prepared(documents, validation, summary, sample, tokenizer)

@@ -32,7 +32,9 @@ class Schedule:
     lengths: (n,) int64, tokens per document. A step takes the next `rows_per_step` documents of the
     epoch's permutation; with packing as many as fit into rows_per_step * cutoff_len tokens, at
     least one. The last step of an epoch takes what is left. done_steps, done_rows: where a resumed
-    run goes on, documents counted over all epochs. Raises ValueError without documents or with
+    run goes on, documents counted over all epochs.
+    break_even_length: tokens of a document at which attention costs as much as the matrix products
+    do (LlamaShape.break_even_length); by it a step's documents are shared out over the ranks. Raises ValueError without documents or with
     fewer than one row per step.
     """
 
@@ -46,10 +48,16 @@ class Schedule:
     disable_shuffling: bool = False
     done_steps: int = 0
     done_rows: int = 0
+    break_even_length: float = math.inf
 
     @classmethod
     def of(
-        cls, lengths: Int64s, settings: Settings, ranks: int, done: tuple[int, int] = (0, 0)
+        cls,
+        lengths: Int64s,
+        settings: Settings,
+        ranks: int,
+        break_even_length: float,
+        done: tuple[int, int] = (0, 0),
     ) -> Schedule:
         """The schedule that the settings ask for on so many ranks, after (steps, rows) done."""
         train = settings.train
@@ -65,6 +73,7 @@ class Schedule:
             disable_shuffling=train.disable_shuffling,
             done_steps=done[0],
             done_rows=done[1],
+            break_even_length=break_even_length,
         )
 
     def __post_init__(self) -> None:

@@ -5,7 +5,6 @@ Shape letters: n documents, N tokens of one span.
 
 from __future__ import annotations
 
-import math
 from bisect import bisect_left, insort
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -32,15 +31,10 @@ class TileLimits:
 
 @dataclass(frozen=True)
 class Place:
-    """This process among all processes of the run.
-
-    even_length: a document of n tokens is n + n * n / even_length of work, the square's share of it
-    for attention.
-    """
+    """This process among all processes of the run."""
 
     rank: int = 0
     world_size: int = 1
-    even_length: float = math.inf
 
 
 @dataclass(frozen=True)
@@ -75,11 +69,10 @@ class Step:
 def build_step(
     documents: Documents,
     rows: Int64s,
-    *,
     step: int,
+    schedule: Schedule,
     place: Place,
     limits: TileLimits,
-    seed: int,
 ) -> Step:
     """This rank's part of the documents `rows`, as spans of tiles.
 
@@ -88,14 +81,16 @@ def build_step(
     do not change.
     """
     lengths = documents.offsets[rows + 1] - documents.offsets[rows]
-    shares = _deal(lengths, place.world_size, place.even_length)
+    shares = _deal(lengths, place.world_size, schedule.break_even_length)
     share = shares[place.rank]
     limit = limits.gather_tokens or int(lengths.sum())
     spans_wanted = max(1, *(len(_pack(lengths[other], limit)) for other in shares))
     groups = [share[group] for group in _pack(lengths[share], limit)]
     groups += [share[:0]] * (spans_wanted - len(groups))
     spans = [
-        _span(documents, rows[group], limits.tile_tokens, _mix(seed, step, place.rank, index))
+        _span(
+            documents, rows[group], limits.tile_tokens, _mix(schedule.seed, step, place.rank, index)
+        )
         for index, group in enumerate(groups)
     ]
     positions, starts = _positions(documents, rows)
@@ -103,18 +98,18 @@ def build_step(
     return Step(spans, labelled, int(lengths.sum()), rows, rows[share])
 
 
-def most_tokens(schedule: Schedule, world_size: int, even_length: float) -> int:
+def most_tokens(schedule: Schedule, world_size: int) -> int:
     """The most tokens that one rank can have in a step, whatever the order of the documents."""
     lengths, rows = np.sort(schedule.lengths)[::-1], schedule.rows_per_step
     if not schedule.packing:
-        shares = _deal(lengths[:rows], world_size, even_length)
+        shares = _deal(lengths[:rows], world_size, schedule.break_even_length)
         return max(int(lengths[share].sum()) for share in shares)
     # Dealt longest first, the last document of the fullest rank is its only one, or no longer
     # than each of world_size others: a share of the work, and what of it is more than that share.
     # A rank has fewer tokens than work, by a factor that is not smaller than the last document's.
     room, longest = rows * schedule.cutoff_len, int(lengths[0])
     last = min(longest, room // (world_size + 1))
-    work = room * (1 + longest / even_length)
+    work = room * (1 + longest / schedule.break_even_length)
     share = (work + last * (world_size - 1)) / world_size
     return min(max(longest, int(share)), max(longest, room), int(lengths.sum()))
 
@@ -137,9 +132,9 @@ def worst_span(documents: Documents, tokens: int, limits: TileLimits) -> Span:
     return Span(torch.from_numpy(numbers), torch.from_numpy(targets), tuple(tiles), seed=0)
 
 
-def _deal(lengths: Int64s, world_size: int, even_length: float) -> list[Int64s]:
+def _deal(lengths: Int64s, world_size: int, break_even_length: float) -> list[Int64s]:
     """Indices into `lengths` for every rank: longest first, each to the rank with least work."""
-    work = lengths + lengths * lengths / even_length
+    work = lengths + lengths * lengths / break_even_length
     loads = [(0.0, rank) for rank in range(world_size)]
     shares: list[list[int]] = [[] for _ in range(world_size)]
     for index in np.argsort(-lengths, kind="stable").tolist():

@@ -62,6 +62,20 @@ def find_ds_config(name: str | None) -> Path:
     raise RequestError([f"deepspeed: {name}: no such file; shipped with minilora: {names}"])
 
 
+def read_deepspeed_files(train: TrainSettings, facts: Facts) -> dict[str, dict[str, Any]]:
+    """The DeepSpeed files that could serve a run, resolved, by name; the asked one comes first.
+
+    The others are those shipped with minilora, for advice. Each file is opened once.
+    Raises RequestError as `find_ds_config` and `resolve_ds_config` do.
+    """
+    asked = find_ds_config(train.deepspeed)
+    shipped = [entry.name.removesuffix(".json") for entry in SHIPPED.iterdir()
+               if entry.name.endswith(".json")]  # fmt: skip
+    paths = {asked.stem: asked}
+    paths |= {name: find_ds_config(name) for name in sorted(shipped) if name != asked.stem}
+    return {name: resolve_ds_config(path, train, facts) for name, path in paths.items()}
+
+
 def resolve_ds_config(path: Path, train: TrainSettings, facts: Facts) -> dict[str, Any]:
     """The dictionary that DeepSpeed is given.
 

@@ -9,12 +9,13 @@ from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from minilora.files.model_config import ModelConfig
 from minilora.model.llama_shape import LlamaShape
 from minilora.settings.errors import RequestError, shortened
 from minilora.settings.text_files import read_json
@@ -42,7 +43,6 @@ class Checkpoint:
     """A folder with a Llama in it whose files have been checked against its config.json."""
 
     folder: Path
-    config: Mapping[str, Any]
     shape: LlamaShape
     tensors: Mapping[str, StoredTensor]
 
@@ -63,22 +63,13 @@ class TensorPart:
     destination: Tensor
 
 
-def read_config(folder: Path) -> tuple[dict[str, Any], LlamaShape]:
-    """Read config.json alone. Raises RequestError."""
-    if not folder.is_dir():
-        lacks = "no such folder; download the model, and name its folder"
-        raise RequestError([f"model_name_or_path: {folder}: {lacks}"])
-    config = read_json(folder / "config.json")
-    return config, LlamaShape.from_config(config, str(folder / "config.json"))
-
-
-def read_checkpoint(folder: Path) -> Checkpoint:
-    """Read the headers of all files and check them; no weights are read yet.
+def read_checkpoint(config: ModelConfig) -> Checkpoint:
+    """Read the headers of all weight files and check them; no weights are read yet.
 
     Raises RequestError naming every file and tensor that is missing, surplus, cut short, outside
     the folder, or of another shape or dtype than config.json implies.
     """
-    config, shape = read_config(folder)
+    folder, shape = config.folder, config.shape
     problems: list[str] = []
     tensors: dict[str, StoredTensor] = {}
     for file, names in _files(folder, problems).items():
@@ -94,7 +85,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         problems = shortened(_compare(tensors, expected, folder))
     if problems:
         raise RequestError(problems)
-    return Checkpoint(folder, config, shape, {name: tensors[name] for name in expected})
+    return Checkpoint(folder, shape, {name: tensors[name] for name in expected})
 
 
 def read_parts(checkpoint: Checkpoint, pieces: Iterable[TensorPart]) -> int:

@@ -139,7 +139,7 @@ def foresee(
     setup = replace(
         option.setup,
         adapter=lora,
-        step_tokens=most_tokens(schedule, world.size, option.setup.shape.even_length),
+        step_tokens=most_tokens(schedule, world.size),
         longest=int(schedule.lengths.max()),
         on_gpu=on_gpu,
     )

@@ -6,9 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from minilora.memory.job import MemoryJob
+from minilora.memory.job import MemoryJob, memory_job
 from minilora.memory.peak import GIB, Budget, budget
 from minilora.memory.zero3_gathers import Zero
+from minilora.model.llama_shape import LlamaShape
+from minilora.settings.settings import Settings
 
 TILES = (2048, 4096, 8192)
 GATHERS = (16384, 8192, 4096, 2048)
@@ -69,6 +71,26 @@ class Way:
             "cutoff_len": (mine.longest, theirs.longest),
         }
         return [f"{key}: {new}".lower() for key, (new, old) in values.items() if new != old]
+
+
+def asked_way(
+    settings: Settings,
+    shape: LlamaShape,
+    ds_configs: Mapping[str, Mapping[str, Any]],
+    ranks: int,
+    on_gpu: bool,
+) -> tuple[Way, dict[str, Zero]]:
+    """What the settings ask for, and what each DeepSpeed file that could serve says of ZeRO.
+
+    ds_configs: as `read_deepspeed_files` returns them, the asked one first.
+    """
+    files = {name: Zero.of(config) for name, config in ds_configs.items()}
+    name = next(iter(files))
+    job = replace(
+        memory_job(settings, shape, files[name], ranks),
+        bf16=settings.train.computes_in_bf16(on_gpu),
+    )
+    return Way(name, job, budget(job)), files
 
 
 def ways(asked: Way, files: Mapping[str, Zero]) -> list[Way]:

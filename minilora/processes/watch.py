@@ -11,7 +11,8 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from minilora.files.snapshot import is_claimed, last_snapshot
+from minilora.files.output_folder import is_claimed
+from minilora.files.snapshot import last_snapshot
 from minilora.processes.signals import SIGNALS
 from minilora.settings.errors import RunError
 from minilora.settings.settings import TrainSettings

@@ -38,7 +38,9 @@ class World:
         if on_gpu:
             expand_segments()
             torch.cuda.set_device(self.device)
-            if wants_bf16(train) and not torch.cuda.is_bf16_supported(including_emulation=False):
+            if train.computes_in_bf16(on_gpu) and not torch.cuda.is_bf16_supported(
+                including_emulation=False
+            ):
                 name = torch.cuda.get_device_name()
                 raise RequestError(
                     [f"bf16: {name} has none, only Ampere and later; set bf16: false"]
@@ -103,11 +105,6 @@ class World:
         self.gather_objects(None)
         self.watch.over.set()
         dist.destroy_process_group()
-
-
-def wants_bf16(train: TrainSettings) -> bool:
-    """The bf16 setting, or its default: on a GPU yes, on a CPU no."""
-    return torch.cuda.is_available() if train.bf16 is None else train.bf16
 
 
 def _free_port() -> int:

@@ -7,6 +7,7 @@ ours the help text says so.
 import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import Field, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from minilora.settings.errors import RequestError as RequestError
@@ -171,6 +172,10 @@ class TrainSettings:
         at_least=0)
     verbose_deepspeed: bool = setting(False, "Ours: print DeepSpeed's own log lines too.")
 
+    def computes_in_bf16(self, on_gpu: bool) -> bool:
+        """The bf16 setting, or its default: bf16 on a GPU, fp32 on a CPU."""
+        return on_gpu if self.bf16 is None else self.bf16
+
     @property
     def eval_every(self) -> int:
         """eval_steps, or its default of logging_steps."""
@@ -211,6 +216,18 @@ class Settings:
         ]
         if problems := problems or self._joint_problems():
             raise RequestError(problems)
+
+    @property
+    def base(self) -> Path:
+        """The folder of the base model; the commands that need it require the key."""
+        assert self.model.model_name_or_path, "required by read_settings"
+        return Path(self.model.model_name_or_path)
+
+    @property
+    def output(self) -> Path:
+        """The folder that a run writes into; training requires the key."""
+        assert self.train.output_dir, "required by read_settings"
+        return Path(self.train.output_dir)
 
     @property
     def packs(self) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from minilora.model.llama_shape import LlamaShape
+from minilora.files.model_config import shape_from_config
 from minilora.settings.errors import RequestError
 from minilora.settings.text_files import read_json
 from minilora.tiny.tokenizer import CHAT_TEMPLATE, train_tokenizer
@@ -69,7 +69,7 @@ def write_tiny(folder: Path | str, shape: TinyShape = TinyShape()) -> None:
             "tokenizer_class": "PreTrainedTokenizerFast",
         },
     }
-    files |= _write_weights(folder, shape, LlamaShape.from_config(config).parameter_shapes())
+    files |= _write_weights(folder, shape, shape_from_config(config).parameter_shapes())
     for name, content in files.items():
         (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 

@@ -14,15 +14,16 @@ from minilora.data.datasets import read_conversations
 from minilora.data.tokenizer import load_tokenizer
 from minilora.files.adapter import CONFIG, read_adapter, read_adapter_shape
 from minilora.files.deepspeed_file import Facts, find_ds_config, resolve_ds_config
-from minilora.files.snapshot import check_room, find_snapshot
-from minilora.files.weights import read_checkpoint, read_config
+from minilora.files.model_config import read_model_config
+from minilora.files.output_folder import check_room
+from minilora.files.snapshot import find_snapshot
+from minilora.files.weights import read_checkpoint
 from minilora.memory.job import kept_blocks
 from minilora.model.llama_shape import LlamaShape
 from minilora.model.lora_shape import LoraShape
-from minilora.processes.world import wants_bf16
 from minilora.report.curves import LOG
 from minilora.settings.errors import RequestError
-from minilora.settings.settings import Settings, TrainSettings
+from minilora.settings.settings import Settings
 from minilora.training.engine import ModelRecipe
 
 
@@ -31,20 +32,21 @@ def check(settings: Settings) -> ModelRecipe:
     problems: list[str] = []
     train_settings = settings.train
     shape = checkpoint = lora = adapter = None
-    model = Path(settings.model.model_name_or_path or "")
+    model = settings.base
     with _noting(problems):
-        _, shape = read_config(model)
-        checkpoint = read_checkpoint(model)
+        config = read_model_config(model)
+        shape = config.shape
+        checkpoint = read_checkpoint(config)
     if shape is not None:
         with _noting(problems):
             lora, adapter = _adapter(settings, shape)
     with _noting(problems):
-        _check_output(train_settings)
+        _check_output(settings)
     with _noting(problems):
-        find_snapshot(Path(train_settings.output_dir or ""), train_settings.resume_from_checkpoint)
+        find_snapshot(settings.output, train_settings.resume_from_checkpoint)
     if shape is not None and lora is not None:
         with _noting(problems):
-            check_room(Path(train_settings.output_dir or ""), 4 * lora.size(shape))
+            check_room(settings.output, 4 * lora.size(shape))
     keep_blocks = 0
     with _noting(problems):
         keep_blocks = kept_blocks(settings, shape) if shape is not None else 0
@@ -55,7 +57,7 @@ def check(settings: Settings) -> ModelRecipe:
             facts = Facts(
                 world_size=int(os.environ.get("WORLD_SIZE", "1")),
                 hidden_size=shape.hidden_size,
-                bf16=wants_bf16(train_settings),
+                bf16=train_settings.computes_in_bf16(torch.cuda.is_available()),
             )
             ds_config = resolve_ds_config(path, train_settings, facts)
     if train_settings.memory_snapshot and not torch.cuda.is_available():
@@ -71,7 +73,7 @@ def _data_problems(settings: Settings, tokenizer: bool) -> list[str]:
     if os.environ.get("RANK", "0") == "0":
         if tokenizer:
             with _noting(problems):
-                load_tokenizer(Path(settings.model.model_name_or_path or ""))
+                load_tokenizer(settings.base)
         for names in filter(None, (settings.data.dataset, settings.data.eval_dataset)):
             with _noting(problems):
                 read_conversations(names, settings.data, settings.method.stage)
@@ -109,13 +111,12 @@ def _adapter(settings: Settings, shape: LlamaShape) -> tuple[LoraShape, Mapping[
     return lora, read_adapter(Path(folder), lora.parameter_shapes(shape))
 
 
-def _check_output(settings: TrainSettings) -> None:
+def _check_output(settings: Settings) -> None:
     """Refuse to write over another run."""
-    assert settings.output_dir
-    folder = Path(settings.output_dir)
-    resumes = (settings.resume_from_checkpoint or "false").lower() != "false"
+    folder, train = settings.output, settings.train
+    resumes = (train.resume_from_checkpoint or "false").lower() != "false"
     holds_run = any((folder / name).exists() for name in (LOG, CONFIG))
-    if holds_run and not (settings.overwrite_output_dir or resumes):
+    if holds_run and not (train.overwrite_output_dir or resumes):
         raise RequestError(
             [
                 f"output_dir: {folder} holds a run; name another, go on with it "

@@ -25,7 +25,7 @@ from minilora.model.lora import LoraLinear, inject, lora_parameters, parameter_g
 from minilora.model.lora_shape import MAGNITUDE, LoraShape
 from minilora.model.tiles import document_tiles
 from minilora.processes.startup_times import StartupTimes
-from minilora.processes.world import World, wants_bf16
+from minilora.processes.world import World
 from minilora.settings.errors import RequestError, RunError
 from minilora.settings.settings import TrainSettings
 
@@ -55,7 +55,11 @@ class Engine:
         _wake_deepspeed(world, plan)
         self.world, self.shape = world, plan.checkpoint.shape
         self.stage = zero_stage(plan.ds_config)
-        self.dtype = torch.bfloat16 if wants_bf16(plan.train) else torch.float32
+        self.dtype = (
+            torch.bfloat16
+            if plan.train.computes_in_bf16(world.device.type == "cuda")
+            else torch.float32
+        )
         # From stage 1 on DeepSpeed keeps the fp32 master of bf16 parameters, by name. At stage 0
         # its wrapper has no names, so there the trained parameters are their own master.
         self.trained_dtype = self.dtype if self.stage else torch.float32

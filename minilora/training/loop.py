@@ -41,17 +41,6 @@ class Job:
     lora: LoraShape
     start: State
     validation: Documents | None = None
-    even_length: float = math.inf  # of the model's shape
-
-    @property
-    def output(self) -> Path:
-        assert self.settings.train.output_dir is not None
-        return Path(self.settings.train.output_dir)
-
-    @property
-    def base(self) -> Path:
-        assert self.settings.model.model_name_or_path is not None
-        return Path(self.settings.model.model_name_or_path)
 
 
 def train(world: World, engine: Engine, job: Job, report: Report) -> Best:
@@ -98,13 +87,13 @@ def probe(world: World, engine: Engine, job: Job) -> None:
     Validation keeps nothing for a backward, but may have longer documents. The optimizer's step is
     not tried, for it would move the weights; by the plan it needs less than what is tried.
     """
-    train, schedule, even = job.settings.train, job.schedule, job.even_length
+    train, schedule = job.settings.train, job.schedule
     limits = TileLimits(train.tile_tokens, train.gather_tokens)
-    span = worst_span(job.documents, most_tokens(schedule, world.size, even), limits)
+    span = worst_span(job.documents, most_tokens(schedule, world.size), limits)
     engine.forward_backward(span, 0.0, last=False)
     if job.validation is not None and train.eval_strategy != "no":
         whole = replace(schedule, lengths=job.validation.lengths, packing=False)
-        engine.score(worst_span(job.validation, most_tokens(whole, world.size, even), limits))
+        engine.score(worst_span(job.validation, most_tokens(whole, world.size), limits))
 
 
 def _batch(
@@ -115,10 +104,10 @@ def _batch(
     return build_step(
         documents,
         rows,
-        step=step,
-        place=Place(world.rank, world.size, job.even_length),
-        limits=TileLimits(train.tile_tokens, train.gather_tokens),
-        seed=train.seed,
+        step,
+        job.schedule,
+        Place(world.rank, world.size),
+        TileLimits(train.tile_tokens, train.gather_tokens),
     )
 
 
@@ -181,7 +170,9 @@ def validate(world: World, engine: Engine, job: Job, report: Report, best: Best,
     """Write the scores after a step into the log; return what is best now. Collective."""
     scores = evaluate(world, engine, job)
     _on_rank0(world, job, partial(report.evaluation, step, scores))
-    return best.after(step, scores[best.by[0]], str(snapshot_folder(job.output, step).resolve()))
+    return best.after(
+        step, scores[best.by[0]], str(snapshot_folder(job.settings.output, step).resolve())
+    )
 
 
 def evaluate(world: World, engine: Engine, job: Job) -> dict[str, float]:
@@ -208,9 +199,11 @@ def snapshot(world: World, engine: Engine, job: Job, state: State, stopping: boo
     moments = dict(engine.moments()) if stopping or not train.save_only_model else {}
 
     def write() -> None:
-        folder = write_snapshot(job.output, state, adapter, moments, job.lora, job.base)
+        folder = write_snapshot(
+            job.settings.output, state, adapter, moments, job.lora, job.settings.base
+        )
         check_adapter(folder, adapter)
-        prune(job.output, train.save_total_limit, folder, Path(state.best["folder"]))
+        prune(job.settings.output, train.save_total_limit, folder, Path(state.best["folder"]))
 
     _on_rank0(world, job, write)
 
@@ -227,8 +220,8 @@ def finish(world: World, engine: Engine, job: Job, report: Report, best: Best) -
             metric, _ = train.judged_by
             report.message(f"best: step {best.step}, with {metric} {best.value:.6g}")
         _check_learned(adapter)
-        write_adapter(job.output, adapter, job.lora, job.base)
-        check_adapter(job.output, adapter)
+        write_adapter(job.settings.output, adapter, job.lora, job.settings.base)
+        check_adapter(job.settings.output, adapter)
 
     _on_rank0(world, job, write)
 
@@ -242,7 +235,7 @@ def _on_rank0(world: World, job: Job, work: Callable[[], None], writes: bool = T
         try:
             work()
         except OSError as error:
-            problem = f"{error.filename or job.output} cannot be written: {error.strerror}"
+            problem = f"{error.filename or job.settings.output} cannot be written: {error.strerror}"
         except (RunError, RequestError) as error:
             problem = str(error)
     problem = world.gather_objects(problem)[0]

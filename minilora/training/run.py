@@ -7,19 +7,20 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from itertools import chain
-from pathlib import Path
 
 import torch
 
 from minilora import __version__
 from minilora.data.schedule import Schedule
-from minilora.files.snapshot import claimed, last_snapshot
+from minilora.files.deepspeed_file import Facts, read_deepspeed_files
+from minilora.files.output_folder import claimed
+from minilora.files.snapshot import last_snapshot
 from minilora.memory.in_a_run import OutOfMemory, foresee
 from minilora.memory.measured import is_out_of_memory, read_memory
-from minilora.plan import asked_for
+from minilora.memory.ways import asked_way
 from minilora.processes.signals import Stopped
 from minilora.processes.startup_times import StartupTimes
-from minilora.processes.world import World, wants_bf16
+from minilora.processes.world import World
 from minilora.report.run_log import Report, Totals
 from minilora.settings.errors import RunError
 from minilora.settings.settings import Settings
@@ -40,8 +41,7 @@ def run(settings: Settings) -> None:
     plan = check(settings)
     phases.done("checks")
     world = World(settings.train)
-    assert settings.train.output_dir
-    output = Path(settings.train.output_dir)
+    output = settings.output
     try:
         world.try_links()
         with ExitStack() as stack:
@@ -67,12 +67,23 @@ def run(settings: Settings) -> None:
 def run_in(world: World, settings: Settings, plan: ModelRecipe, phases: StartupTimes) -> None:
     """Train in processes that are there already. Collective."""
     options = settings.train
-    documents, validation, notes = tokenise(world, settings)
+    documents, validation, notes = tokenise(world, settings, plan.checkpoint.shape)
     with world.agreed():
         snapshot, start, saved = start_of(settings, plan, documents, validation)
-    schedule = Schedule.of(documents.lengths, settings, world.size, (start.step, start.rows))
+    shape = plan.checkpoint.shape
+    schedule = Schedule.of(
+        documents.lengths,
+        settings,
+        world.size,
+        shape.break_even_length,
+        (start.step, start.rows),
+    )
     phases.done("tokens")
-    asked = asked_for(settings, world.size, wants_bf16(options))
+    facts = Facts(
+        world.size, shape.hidden_size, options.computes_in_bf16(torch.cuda.is_available())
+    )
+    ds_configs = read_deepspeed_files(options, facts)
+    asked = asked_way(settings, shape, ds_configs, world.size, torch.cuda.is_available())
     forecast = foresee(world, asked, plan.lora, schedule, settings.keeps_what_fits)
     # Before the weights, which may take their time.
     _tell(world, settings.notices, notes, forecast.opening(options.strict_plan))
@@ -93,8 +104,7 @@ def run_in(world: World, settings: Settings, plan: ModelRecipe, phases: StartupT
         totals = Totals(**start.totals)
         with Report(options, schedule.total_steps, world.rank == 0, totals) as report:
             start = replace(start, info=info)
-            even = engine.shape.even_length
-            job = Job(settings, documents, schedule, plan.lora, start, validation, even)
+            job = Job(settings, documents, schedule, plan.lora, start, validation)
             report.finish(**train(world, engine, job, report).results)
             report.message(forecast.closing(world.gather_objects(read_memory(world.device))))
             report.message(f"the adapter is in {options.output_dir}")

@@ -9,19 +9,22 @@ from pathlib import Path
 
 from minilora.data.documents import Documents
 from minilora.data.prepare import prepare
+from minilora.model.llama_shape import LlamaShape
 from minilora.processes.world import World
 from minilora.settings.errors import RequestError
 from minilora.settings.settings import Settings
 
 
-def tokenise(world: World, settings: Settings) -> tuple[Documents, Documents, list[str]]:
+def tokenise(
+    world: World, settings: Settings, shape: LlamaShape
+) -> tuple[Documents, Documents, list[str]]:
     """Tokenise in one process per machine; all its processes map the result into memory."""
     made: tuple[str, list[str]] = "", []
     with ExitStack() as stack:
         with world.agreed():
             if world.local_rank == 0:
                 folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="minilora-"))
-                prepared = prepare(settings, colour=sys.stderr.isatty())
+                prepared = prepare(settings, shape, colour=sys.stderr.isatty())
                 try:
                     prepared.documents.save(Path(folder, "train"))
                     prepared.validation.save(Path(folder, "validation"))

@@ -37,8 +37,7 @@ def start_of(
         "packing": settings.packs,
         **{key: getattr(settings.train, key) for key in UNCHANGING},
     }
-    assert settings.train.output_dir
-    output = Path(settings.train.output_dir)
+    output = settings.output
     folder = find_snapshot(output, settings.train.resume_from_checkpoint)
     state = State(0, 0, {}, same, {}) if folder is None else read_state(folder)
     best, notes = best_before(settings.train, state.best, validation.fingerprint(), folder)

@@ -16,7 +16,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from minilora.data.tokenizer import load_tokenizer
-from minilora.files.weights import INDEX, read_config
+from minilora.files.model_config import read_model_config
+from minilora.files.weights import INDEX
 from minilora.generate import BATCH, main, show, stream
 from tests.support.merging import make
 
@@ -245,7 +246,7 @@ def test_a_model_larger_than_the_memory_is_refused(
     config |= {"intermediate_size": 2**26, "num_hidden_layers": layers}
     (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
     weight_map = {}
-    for name, size in read_config(tmp_path)[1].parameter_shapes().items():
+    for name, size in read_model_config(tmp_path).shape.parameter_shapes().items():
         count = 2 * math.prod(size)
         header = {name: {"dtype": "BF16", "shape": size, "data_offsets": [0, count]}}
         text = json.dumps(header).encode()

@@ -15,9 +15,9 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from minilora.data.prepare import prepare
 from minilora.preview import main
 from minilora.settings.command_line import read_settings
+from tests.support.prepared import prepared_of
 from tests.support.runs import run_jobs, write_rows
 
 ROWS = 40
@@ -38,7 +38,7 @@ def preview(capsys: pytest.CaptureFixture[str], given: dict[str, Any], **more: A
 def lengths_of(given: dict[str, Any], **more: Any) -> list[int]:
     words = [f"--{key}={value}" for key, value in {**given, **more}.items()]
     settings = read_settings(words, "preview")
-    return [int(length) for length in prepare(settings, colour=False).documents.lengths]
+    return [int(length) for length in prepared_of(settings).documents.lengths]
 
 
 def test_samples_are_what_transformers_renders_with_the_answers_marked(
@@ -178,7 +178,7 @@ def test_a_share_is_held_out_rounded_up_and_the_seed_draws_it(given: dict[str, A
     for size, seed in ((0.11, 1), (5, 1), (5, 2)):
         asked = {**given, "val_size": size, "seed": seed, "eval_strategy": "epoch"}
         settings = read_settings([f"--{key}={value}" for key, value in asked.items()], "preview")
-        prepared = prepare(settings, colour=False)
+        prepared = prepared_of(settings)
         assert (len(prepared.validation), len(prepared.documents)) == (5, 35)
         held.append(prepared.validation.tokens.tolist())
     assert held[0] == held[1] != held[2]

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from minilora.data.documents import Documents
+from minilora.data.schedule import Schedule
 from minilora.data.steps import Place, Step, TileLimits, build_step
 
 
@@ -24,8 +25,9 @@ def steps_of_all_ranks(
     documents: Documents, rows: list[int], world_size: int, limits: TileLimits
 ) -> list[Step]:
     ids = np.array(rows, dtype=np.int64)
+    schedule = Schedule(documents.lengths, seed=7, rows_per_step=len(ids))
     return [
-        build_step(documents, ids, step=3, place=Place(rank, world_size), limits=limits, seed=7)
+        build_step(documents, ids, 3, schedule, Place(rank, world_size), limits)
         for rank in range(world_size)
     ]
 
@@ -134,11 +136,11 @@ def test_long_documents_count_for_their_attention_too() -> None:
     documents = Documents.of(
         [(np.zeros(n, np.int32), np.ones(n, np.bool_)) for n in (8, 2, 2, 2, 2, 2, 2, 2, 2)]
     )
-    dealt = [
-        build_step(documents, np.arange(9), step=0, place=Place(0, 2, even_length=length),
-                   limits=TileLimits(), seed=1).local_rows.tolist()
-        for length in (float("inf"), 4.0)
-    ]  # fmt: skip
+    dealt = []
+    for length in (float("inf"), 4.0):
+        schedule = Schedule(documents.lengths, 1, 9, break_even_length=length)
+        made = build_step(documents, np.arange(9), 0, schedule, Place(0, 2), TileLimits())
+        dealt.append(made.local_rows.tolist())
     assert dealt == [[0, 5, 7], [0]]
 
 
@@ -179,9 +181,8 @@ def test_dropout_seeds_differ_by_everything_and_never_change() -> None:
     limits = TileLimits(gather_tokens=60)
     seeds = []
     for seed, step, rank in [(1, 0, 0), (1, 0, 1), (1, 1, 0), (2, 0, 0)]:
-        built = build_step(
-            documents, rows, step=step, place=Place(rank, 2), limits=limits, seed=seed
-        )
+        schedule = Schedule(documents.lengths, seed, len(rows))
+        built = build_step(documents, rows, step, schedule, Place(rank, 2), limits)
         assert len(built.spans) > 1
         seeds += [span.seed for span in built.spans]
     assert len(set(seeds)) == len(seeds)

@@ -21,6 +21,7 @@ from minilora.files.adapter import (
     read_adapter_shape,
     write_adapter,
 )
+from minilora.files.model_config import read_model_config
 from minilora.files.snapshot import STATE, TENSORS, State, write_snapshot
 from minilora.files.weights import TensorPart, read_checkpoint, read_parts
 from minilora.model.llama import Llama
@@ -44,7 +45,7 @@ PEFT_0_13 = {
 @pytest.fixture
 def written(tiny: Path, tmp_path: Path) -> tuple[Path, LoraShape, dict[str, Tensor]]:
     lora = LoraShape(3, 12, 0.0, TARGETS)
-    shapes = lora.parameter_shapes(read_checkpoint(tiny).shape)
+    shapes = lora.parameter_shapes(read_checkpoint(read_model_config(tiny)).shape)
     tensors = {name: torch.randn(shape) * 0.3 for name, shape in shapes.items()}
     write_adapter(tmp_path / "adapter", tensors, lora, tiny)
     return tmp_path / "adapter", lora, tensors
@@ -54,7 +55,7 @@ def test_peft_gives_the_same_logits(
     tiny: Path, written: tuple[Path, LoraShape, dict[str, Tensor]]
 ) -> None:
     folder, lora, tensors = written
-    checkpoint = read_checkpoint(tiny)
+    checkpoint = read_checkpoint(read_model_config(tiny))
     model = Llama(checkpoint.shape)
     read_parts(
         checkpoint, [TensorPart(name, 0, p.data.view(-1)) for name, p in model.named_parameters()]
@@ -137,7 +138,7 @@ def test_reading_gives_back_what_was_written(
     tiny: Path, written: tuple[Path, LoraShape, dict[str, Tensor]]
 ) -> None:
     folder, lora, tensors = written
-    shape = read_checkpoint(tiny).shape
+    shape = read_checkpoint(read_model_config(tiny)).shape
     assert read_adapter_shape(folder, shape, 0.0) == lora
     held = read_adapter(folder, lora.parameter_shapes(shape))
     assert held.keys() == tensors.keys()
@@ -176,7 +177,7 @@ def test_an_adapter_that_cannot_be_continued_is_refused(
     config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     (folder / CONFIG).write_text(json.dumps({**config, key: value}), encoding="utf-8")
     with pytest.raises(RequestError) as refused:
-        read_adapter_shape(folder, read_checkpoint(tiny).shape, 0.0)
+        read_adapter_shape(folder, read_checkpoint(read_model_config(tiny)).shape, 0.0)
     assert message in str(refused.value)
 
 
@@ -184,7 +185,7 @@ def test_tensors_of_another_model_are_refused(
     tiny: Path, written: tuple[Path, LoraShape, dict[str, Tensor]]
 ) -> None:
     folder, lora, _ = written
-    expected = lora.parameter_shapes(read_checkpoint(tiny).shape)
+    expected = lora.parameter_shapes(read_checkpoint(read_model_config(tiny)).shape)
     held = load_file(folder / WEIGHTS)
     first, second, third, *_ = sorted(held)
     save_file(

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from minilora.files.model_config import read_model_config
 from minilora.files.weights import INDEX, TensorPart, read_checkpoint, read_parts
 from minilora.settings.errors import RequestError
 from tests.support.broken_weights import (
@@ -30,7 +31,7 @@ def copy(tiny: Path, tmp_path: Path) -> Path:
 
 
 def test_any_piece_of_any_tensor_is_exact(tiny: Path) -> None:
-    checkpoint = read_checkpoint(tiny)
+    checkpoint = read_checkpoint(read_model_config(tiny))
     generator = torch.Generator().manual_seed(0)
     for name, stored in checkpoint.tensors.items():
         whole = load_file(stored.file)[name].view(-1)
@@ -42,7 +43,7 @@ def test_any_piece_of_any_tensor_is_exact(tiny: Path) -> None:
 
 
 def test_pieces_are_converted_to_the_dtype_of_their_destination(tiny: Path) -> None:
-    checkpoint = read_checkpoint(tiny)
+    checkpoint = read_checkpoint(read_model_config(tiny))
     name = "model.norm.weight"
     destination = torch.empty(32, dtype=torch.bfloat16)
     read_parts(checkpoint, [TensorPart(name, 0, destination)])
@@ -56,7 +57,10 @@ def test_a_single_file_without_an_index_is_read(tiny: Path, copy: Path) -> None:
         file.unlink()
     (copy / INDEX).unlink()
     save_file(tensors, copy / "model.safetensors")
-    assert read_checkpoint(copy).total_bytes == read_checkpoint(tiny).total_bytes
+    assert (
+        read_checkpoint(read_model_config(copy)).total_bytes
+        == read_checkpoint(read_model_config(tiny)).total_bytes
+    )
 
 
 def test_reading_needs_no_more_memory_than_the_part(tmp_path: Path) -> None:
@@ -91,7 +95,7 @@ def test_a_broken_checkpoint_is_refused_by_name(copy: Path, case: str) -> None:
     change, words = BROKEN[case]
     change(copy)
     with pytest.raises(RequestError) as refused:
-        read_checkpoint(copy)
+        read_checkpoint(read_model_config(copy))
     for word in words:
         assert word in str(refused.value)
     assert str(copy) in str(refused.value)
@@ -101,7 +105,7 @@ def test_all_broken_files_are_named_at_once(copy: Path) -> None:
     truncate(copy)
     shard_of(copy, "model.embed_tokens.weight").unlink()
     with pytest.raises(RequestError) as refused:
-        read_checkpoint(copy)
+        read_checkpoint(read_model_config(copy))
     assert len(refused.value.problems) >= 2
 
 
@@ -110,7 +114,7 @@ def test_weights_that_are_not_finite_are_refused(copy: Path, bad: float) -> None
     norm = torch.ones(32)
     norm[5] = bad
     replace_tensor(NORM, norm)(copy)
-    checkpoint = read_checkpoint(copy)
+    checkpoint = read_checkpoint(read_model_config(copy))
     with pytest.raises(RequestError, match=f"{NORM} holds NaN or infinite"):
         read_parts(checkpoint, [TensorPart(NORM, 0, torch.empty(32))])
 
@@ -128,4 +132,4 @@ def test_a_tied_head_written_out_and_old_frequencies_are_no_surplus(
     }
     save_file({**tensors, **extra}, file)
     edit_index(lambda index: index.update(dict.fromkeys(extra, file.name)))(folder)
-    assert "lm_head.weight" not in read_checkpoint(folder).tensors
+    assert "lm_head.weight" not in read_checkpoint(read_model_config(folder)).tensors

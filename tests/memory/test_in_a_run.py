@@ -16,11 +16,11 @@ import torch
 from minilora.data.documents import Documents
 from minilora.data.schedule import Schedule
 from minilora.data.steps import Place, TileLimits, build_step, most_tokens, worst_span
+from minilora.files.model_config import shape_from_config
 from minilora.memory.in_a_run import Forecast
 from minilora.memory.peak import GIB, budget
 from minilora.memory.ways import Way, advice, nearest_that_fit, recommended, ways
 from minilora.memory.zero3_gathers import Zero
-from minilora.model.llama_shape import LlamaShape
 from minilora.plan import main as plan
 from minilora.settings.errors import RequestError
 from tests.support.article import ROOT, article
@@ -46,20 +46,25 @@ def test_no_step_has_more_than_the_trial_computes(packing: bool, ranks: int) -> 
         tile = int(source.integers(1, 200))
         gather = None if source.integers(2) else tile + int(source.integers(0, 300))
         rows = int(source.integers(1, 12)) * ranks
-        schedule = Schedule(documents.lengths, 1, rows, 120, packing, num_train_epochs=2)
+        schedule = Schedule(
+            documents.lengths,
+            1,
+            rows,
+            120,
+            packing,
+            num_train_epochs=2,
+            break_even_length=float(source.choice([np.inf, 120, 2])),  # longest: 120 tokens
+        )
         limits = TileLimits(tile, gather)
-        even = float(source.choice([np.inf, 120, 2]))  # longest: 120 tokens
-        worst = worst_span(documents, most_tokens(schedule, ranks, even), limits)
+        worst = worst_span(documents, most_tokens(schedule, ranks), limits)
         bounds = [len(worst.token_ids), max(map(sum, worst.tiles)), max(map(max, worst.tiles))]
         labels = int((worst.labels >= 0).sum())
         assert bounds[0] == sum(map(sum, worst.tiles)) == len(worst.labels)
         for step in range(schedule.total_steps):
             chosen = schedule.rows(step)
             for rank in range(ranks):
-                place = Place(rank, ranks, even)
-                made = build_step(
-                    documents, chosen, step=step, place=place, limits=limits, seed=1
-                ).spans
+                place = Place(rank, ranks)
+                made = build_step(documents, chosen, step, schedule, place, limits).spans
                 for span in made:
                     found = [len(span.token_ids), max(map(sum, span.tiles)),
                              max(map(max, span.tiles))]  # fmt: skip
@@ -72,7 +77,7 @@ def test_the_trial_is_no_larger_than_equal_rows_make_it() -> None:
     documents = Documents.of([(np.zeros(50, np.int32), np.ones(50, np.bool_))] * 60)
     for packing in (False, True):
         schedule = Schedule(documents.lengths, 1, 48, 50, packing)
-        most = most_tokens(schedule, 3, float("inf"))
+        most = most_tokens(schedule, 3)
         assert most == 800 if not packing else 800 <= most <= 850
         span = worst_span(documents, 800, TileLimits(120, 400))
         assert span.tiles == ((50, 50, 20), (50, 50, 20), (50, 50, 20), (40,))
@@ -81,9 +86,9 @@ def test_the_trial_is_no_larger_than_equal_rows_make_it() -> None:
 def test_the_trial_has_what_a_step_can_have_and_no_more() -> None:
     """Four rows in a step of 3 ranks: one rank has two. Two long ones, as much work as the rest."""
     equal = Schedule(np.full(60, 30), 1, 3, 40, packing=True)
-    assert most_tokens(equal, 3, np.inf) == 60
-    assert most_tokens(replace(equal, lengths=np.full(1, 30)), 3, np.inf) == 30
-    assert most_tokens(equal, 3, 1.0) == 120  # the step's room
+    assert most_tokens(equal, 3) == 60
+    assert most_tokens(replace(equal, lengths=np.full(1, 30)), 3) == 30
+    assert most_tokens(replace(equal, break_even_length=1.0), 3) == 120  # the step's room
     documents = Documents.of([(np.zeros(49, np.int32), np.arange(49) == 48)] * 9)
     span = worst_span(documents, 49, TileLimits())
     assert (span.labels >= 0).sum() == 1  # 49 * (1 / 49) is less than 1
@@ -99,7 +104,7 @@ def huge_checkpoint(folder: Path, tiny: Path) -> Path:
     config |= {"hidden_size": 16384, "intermediate_size": 65536, "num_hidden_layers": 100}
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     header, at = {}, 0
-    for name, shape in LlamaShape.from_config(config).parameter_shapes().items():
+    for name, shape in shape_from_config(config).parameter_shapes().items():
         end = at + 2 * int(np.prod(shape))
         header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [at, end]}
         at = end

@@ -12,6 +12,7 @@ from transformers.generation import (
     TopPLogitsWarper,
 )
 
+from minilora.files.model_config import read_model_config
 from minilora.files.weights import read_checkpoint
 from minilora.generate import load
 from minilora.model.decode import CachedTile, Sampling, candidates, choose, generate
@@ -21,7 +22,9 @@ from minilora.model.tiles import document_tiles
 
 @pytest.fixture(params=["plain", "tied"])
 def model(request: pytest.FixtureRequest, tiny: Path, tiny_tied: Path) -> Llama:
-    return load(read_checkpoint(tiny if request.param == "plain" else tiny_tied), None)
+    return load(
+        read_checkpoint(read_model_config(tiny if request.param == "plain" else tiny_tied)), None
+    )
 
 
 def test_logits_with_the_cache_equal_those_without(model: Llama) -> None:

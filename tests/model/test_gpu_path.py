@@ -19,9 +19,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.workloads import SIZES
+from minilora.files.model_config import shape_from_config
 from minilora.model.decode import CachedTile
 from minilora.model.llama import Llama
-from minilora.model.llama_shape import LlamaShape
 from minilora.model.lora import inject, lora_parameters
 from minilora.model.lora_shape import LoraShape
 from minilora.model.tiles import document_tiles
@@ -92,7 +92,7 @@ def llama(dtype: torch.dtype, keep: int, name: str) -> Llama:
     torch.set_default_dtype(dtype)
     try:
         with META:
-            model = Llama(LlamaShape.from_config({**SIZES["tiny"].config(), **changes}), keep)
+            model = Llama(shape_from_config({**SIZES["tiny"].config(), **changes}), keep)
     finally:
         torch.set_default_dtype(default)
     inject(model, LoraShape(4, 8, 0.0, TARGETS, **adapter), seed=0)

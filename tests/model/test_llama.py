@@ -10,8 +10,8 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from minilora.files.model_config import read_model_config, shape_from_config
 from minilora.model.llama import Llama
-from minilora.model.llama_shape import LlamaShape
 from minilora.model.lora import LoraLinear, inject, lora_parameters
 from minilora.model.lora_shape import LoraShape
 from minilora.model.rope import rotation
@@ -102,7 +102,7 @@ def test_every_lora_gradient_equals_peft(changes: dict[str, object]) -> None:
 @pytest.mark.parametrize("rope", [LLAMA3_ROPE, {"rope_type": "default", "rope_theta": 2e6}])
 def test_rotation_in_all_three_bands_equals_transformers(rope: dict[str, object]) -> None:
     theirs = random_llama(head_dim=64, rope_parameters=rope)
-    shape = LlamaShape.from_config(theirs.config.to_dict())
+    shape = shape_from_config(theirs.config.to_dict())
     positions = torch.cat(
         [torch.arange(0, 64), torch.arange(8190, 8260), torch.arange(131000, 131072)]
     )
@@ -174,7 +174,7 @@ def test_only_targeted_layers_become_lora() -> None:
 def test_a_config_of_another_model_is_refused(changes: dict[str, object], message: str) -> None:
     config = {**random_llama().config.to_dict(), "rope_parameters": None, "rope_theta": 1e4}
     with pytest.raises(RequestError, match=message):
-        LlamaShape.from_config({**config, **changes})
+        shape_from_config({**config, **changes})
 
 
 def test_hub_form_and_transformers5_form_mean_the_same() -> None:
@@ -182,15 +182,15 @@ def test_hub_form_and_transformers5_form_mean_the_same() -> None:
     old = {key: value for key, value in new.items() if key != "rope_parameters"}
     scaling = {key: value for key, value in LLAMA3_ROPE.items() if key != "rope_theta"}
     old |= {"rope_theta": 500000.0, "rope_scaling": scaling}
-    assert LlamaShape.from_config(old) == LlamaShape.from_config(new)
-    assert LlamaShape.from_config(new).rope.factor == 8.0
+    assert shape_from_config(old) == shape_from_config(new)
+    assert shape_from_config(new).rope.factor == 8.0
 
 
 def test_a_checkpoint_on_disk_gives_transformers_logits(tiny: Path, tiny_tied: Path) -> None:
     from minilora.files.weights import TensorPart, read_checkpoint, read_parts
 
     for folder in (tiny, tiny_tied):
-        checkpoint = read_checkpoint(folder)
+        checkpoint = read_checkpoint(read_model_config(folder))
         model = Llama(checkpoint.shape)
         pieces = [TensorPart(n, 0, p.data.view(-1)) for n, p in model.named_parameters()]
         assert read_parts(checkpoint, pieces) == checkpoint.total_bytes

@@ -137,9 +137,9 @@ def test_model_flops_of_the_8b_model_are_those_of_the_notes() -> None:
 def test_ranks_get_work_by_those_flops() -> None:
     for size in SIZES.values():
         shape, lora = size.shape, 6 * size.lora.size(size.shape)
-        work = [n + n * n / shape.even_length for n in (1, 60, 2048)]
+        work = [n + n * n / shape.break_even_length for n in (1, 60, 2048)]
         flops = [size.model_flops(n) - n * lora for n in (1, 60, 2048)]
         assert np.array(work) / work[0] == pytest.approx(np.array(flops) / flops[0])
     # Forward 15.01 GFLOP of products and 0.54 of attention per token at 2048; backward 1 x, 2.5 x.
-    share = 2048 / SIZES["8b"].shape.even_length
+    share = 2048 / SIZES["8b"].shape.break_even_length
     assert share == pytest.approx(3.5 * 0.54 / (2 * 15.01), rel=0.01)

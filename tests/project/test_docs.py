@@ -16,9 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from minilora.data.prepare import prepare
+from minilora.files.model_config import read_model_config, shape_from_config
 from minilora.files.weights import read_checkpoint
-from minilora.model.llama_shape import LlamaShape
 from minilora.model.lora_shape import LoraShape
 from minilora.settings.command_line import read_settings
 from minilora.settings.foreign_keys import IGNORED, IGNORED_PREFIXES, REFUSED
@@ -34,6 +33,7 @@ from tests.support.commands import (
     spans,
     text_of,
 )
+from tests.support.prepared import prepared_of
 from tests.support.runs import make_ground
 
 DEMO = Path("examples/demo/demo.yaml")
@@ -172,7 +172,7 @@ def test_other_keys_have_the_fate_that_is_told(path: Path) -> None:
 @cache
 def sums() -> dict[str, float]:
     """The figures of the article's job, by how they are written."""
-    shape = LlamaShape.from_config(
+    shape = shape_from_config(
         {
             "model_type": "llama",
             "hidden_size": 4096,
@@ -288,7 +288,7 @@ def test_the_demo_commands_run(
     assert importlib.import_module("minilora.preview").main([str(DEMO)]) == 0
     (lengths,) = [body for _, body in fences(text_of(READMES[0])) if "so far" in body]
     assert lengths in capsys.readouterr().out
-    total = read_checkpoint(model).total_bytes / 1e9
+    total = read_checkpoint(read_model_config(model)).total_bytes / 1e9
     settings = read_settings(["examples/demo/demo.yaml"], "train")
-    for fact in (f"read {total / 2:.4g} of {total:.4g} GB", prepare(settings, False).summary):
+    for fact in (f"read {total / 2:.4g} of {total:.4g} GB", prepared_of(settings).summary):
         assert fact in text_of(READMES[0])

@@ -8,11 +8,11 @@ import pytest
 from transformers import AutoConfig, AutoModelForCausalLM, TrainingArguments
 from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
 
-from minilora.data.prepare import prepare
 from minilora.files.deepspeed_file import SHIPPED, find_ds_config
-from minilora.model.llama_shape import LlamaShape
+from minilora.files.model_config import shape_from_config
 from minilora.settings.command_line import read_settings
 from minilora.tiny.__main__ import main as write_demo_checkpoint
+from tests.support.prepared import prepared_of
 from tests.support.processes import Launch
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -48,7 +48,7 @@ def test_examples_need_no_change(tiny: Path, config: str, dataset_dir: str, rows
     path = str(ROOT / "examples" / config)
     assert read_settings([path], "train").data.dataset_dir == dataset_dir
     there = ["--model_name_or_path", str(tiny), "--dataset_dir", str(ROOT / dataset_dir)]
-    prepared = prepare(read_settings([path, *there], "train"), colour=False)
+    prepared = prepared_of(read_settings([path, *there], "train"))
     assert prepared.summary.startswith(f"{rows} rows used, 0 dropped; {rows} documents")
 
 
@@ -117,7 +117,7 @@ def test_the_trainer_fills_them_in(name: str, tiny: Path, tmp_path: Path) -> Non
 def test_sizes_suit_the_blocks_of_8b(name: str) -> None:
     """Only whole blocks are fetched ahead, one at a time; LoRA and norms are never split."""
     zero = shipped(name)["zero_optimization"]
-    shape = LlamaShape.from_config(LLAMA_31_8B)
+    shape = shape_from_config(LLAMA_31_8B)
     linears = {name: out * inner for name, (out, inner) in shape.linear_shapes().items()}
     block = sum(linears.values())
     widest = max(max(size) for size in shape.linear_shapes().values())

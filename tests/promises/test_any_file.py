@@ -23,8 +23,9 @@ from minilora.data.datasets import Tally, read_conversations
 from minilora.data.tokenizer import load_tokenizer
 from minilora.files.adapter import CONFIG, WEIGHTS, read_adapter, read_adapter_shape
 from minilora.files.deepspeed_file import Facts, resolve_ds_config
+from minilora.files.model_config import read_model_config
 from minilora.files.snapshot import STATE, TENSORS, differences, read_state, read_tensors
-from minilora.files.weights import INDEX, SINGLE, Checkpoint, read_checkpoint, read_config
+from minilora.files.weights import INDEX, SINGLE, Checkpoint, read_checkpoint
 from minilora.settings.settings import DataSettings, TrainSettings
 from tests.support.any_value import found_or_refused, values
 
@@ -128,7 +129,7 @@ def read_as_weights(
     try:
         for name in (SINGLE, WEIGHTS, TENSORS):
             (model / name).write_bytes(content)
-        checkpoint = found_or_refused(lambda: read_checkpoint(model))
+        checkpoint = found_or_refused(lambda: read_checkpoint(read_model_config(model)))
         adapter = found_or_refused(lambda: read_adapter(model, {"x": (1,)}))
         return checkpoint, [adapter, found_or_refused(lambda: read_tensors(model, {"x": (1,)}))]
     finally:
@@ -199,9 +200,11 @@ def test_any_json(model: Path, data: st.DataObject, name: str) -> None:
     path.write_text(json.dumps({**known, **changes}))
     try:
         facts = Facts(2, 32, False)
-        checkpoint = found_or_refused(lambda: read_checkpoint(model))
+        checkpoint = found_or_refused(lambda: read_checkpoint(read_model_config(model)))
         template = found_or_refused(lambda: make_template(None, load_tokenizer(model)))
-        lora = found_or_refused(lambda: read_adapter_shape(model, read_config(model)[1], 0.0))
+        lora = found_or_refused(
+            lambda: read_adapter_shape(model, read_model_config(model).shape, 0.0)
+        )
         found_or_refused(lambda: differences(read_state(model), {"lora": {}}, model))
         engine = found_or_refused(
             lambda: resolve_ds_config(model / "ds.json", TrainSettings(), facts)

@@ -16,18 +16,17 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from minilora.files.adapter import WEIGHTS, write_adapter
+from minilora.files.model_config import read_model_config
+from minilora.files.output_folder import check_room, claimed, is_claimed
 from minilora.files.snapshot import (
     DRAFT,
     PREFIX,
-    check_room,
-    claimed,
     find_snapshot,
-    is_claimed,
     prune,
     read_state,
     read_tensors,
 )
-from minilora.files.weights import INDEX, read_config
+from minilora.files.weights import INDEX
 from minilora.model.lora_shape import LoraShape
 from minilora.settings.errors import RequestError
 from minilora.training.engine import MOMENTS
@@ -58,7 +57,7 @@ def tmpfs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], 
 def great_adapter(ground: Ground) -> Path:
     """A start whose outputs are the base's, for B is zero, and whose gradients overflow."""
     folder = ground.folder / "great"
-    _, shape = read_config(ground.models["tiny"])
+    shape = read_model_config(ground.models["tiny"]).shape
     lora = LoraShape(4, 4 * 10**9, 0.0, ("q_proj",))
     shapes = lora.parameter_shapes(shape)
     tensors = {name: torch.full(size, 1e35 * name.endswith("A")) for name, size in shapes.items()}

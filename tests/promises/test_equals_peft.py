@@ -15,12 +15,12 @@ from torch import Tensor
 from transformers import get_cosine_schedule_with_warmup
 
 from minilora.data.documents import Documents
-from minilora.data.prepare import prepare
 from minilora.data.schedule import Schedule
 from minilora.files.adapter import read_adapter, stored_name
-from minilora.files.weights import read_config
+from minilora.files.model_config import read_model_config
 from minilora.settings.command_line import read_settings
 from tests.support.oracle import base_model, copy_lora, document_loss_sum, ours_to_peft, with_lora
+from tests.support.prepared import prepared_of
 from tests.support.runs import (
     ALPHA,
     CUTOFF,
@@ -73,7 +73,7 @@ def expected(ground: Ground) -> Callable[[str, bool], Expected]:
             max_steps=FAMILY_STEPS if name in FAMILY else STEPS,
         )
         read = read_settings([f"--{key}={value}" for key, value in job.items()], "train")
-        documents = prepare(read, colour=False).documents
+        documents = prepared_of(read).documents
         limits = {"packing": packing, "max_steps": job["max_steps"]}
         schedule = Schedule(documents.lengths, read.train.seed, GLOBAL_ROWS, CUTOFF, **limits)
         return peft_training(ground, start, documents, schedule, **settings)
@@ -89,7 +89,7 @@ def peft_training(
     loraplus_lr_ratio: float | None = None,
 ) -> Expected:
     model, fields = ground.models.get(start, ground.models["tiny"]), VARIANTS.get(start, {})
-    _, shape = read_config(model)
+    shape = read_model_config(model).shape
     lora = variant_shape(shape, fields)
     more = {"modules_to_save": None, **fields, "targets": lora.targets}
     peft = with_lora(base_model(model), RANK, ALPHA, **more)

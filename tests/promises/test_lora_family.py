@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from minilora.files.adapter import CONFIG, WEIGHTS, read_adapter, read_adapter_shape, write_adapter
+from minilora.files.model_config import read_model_config
 from minilora.files.weights import read_checkpoint
 from minilora.generate import load
 from minilora.model.llama import Linear, Llama
@@ -179,7 +180,7 @@ def written(request: pytest.FixtureRequest, tiny: Path, tmp_path: Path) -> Path:
 
 def our_logits(tiny: Path, folder: Path) -> Tensor:
     """As `merging.logits`."""
-    model = load(read_checkpoint(tiny), folder)
+    model = load(read_checkpoint(read_model_config(tiny)), folder)
     tiles = document_tiles(model.shape, [(100,), (100,)], 0, torch.empty(0))
     with torch.inference_mode():
         return model.logits(torch.arange(7, 207), tiles).view(2, 100, -1)
@@ -193,7 +194,7 @@ def test_an_adapter_of_pefts_gives_the_same_logits_and_is_written_back(
     assert (expected - logits(model_of(tiny))).abs().max() > 0.1
     torch.testing.assert_close(our_logits(tiny, written), expected, rtol=1e-4, atol=1e-4)
 
-    shape = read_checkpoint(tiny).shape
+    shape = read_checkpoint(read_model_config(tiny)).shape
     lora = read_adapter_shape(written, shape, 0.0)
     tensors = read_adapter(written, lora.parameter_shapes(shape))
     write_adapter(tmp_path / "again", tensors, lora, tiny)
@@ -248,7 +249,7 @@ def test_what_cannot_be_combined_is_refused(
     ids=str,
 )
 def test_settings_name_the_layers_as_peft_does(tiny: Path, target: tuple[str, ...]) -> None:
-    shape = read_checkpoint(tiny).shape
+    shape = read_checkpoint(read_model_config(tiny)).shape
     patterns = {r"1\..*q_proj": 3, r".*_proj": 9}  # the first that matches counts
     lora = LoraShape.of(MethodSettings(lora_target=target, rank_pattern=patterns), shape)
     named = TARGETS if target == ("all",) else target if len(target) > 1 else target[0]
@@ -263,7 +264,7 @@ def test_settings_name_the_layers_as_peft_does(tiny: Path, target: tuple[str, ..
 
 
 def test_the_order_of_patterns_is_kept_on_disk(tiny: Path, tmp_path: Path) -> None:
-    shape = read_checkpoint(tiny).shape
+    shape = read_checkpoint(read_model_config(tiny)).shape
     patterns = {"q_proj": 2, r".*_proj": 3}  # sorted, the second would win
     lora = LoraShape(4, 8, 0.0, ("q_proj", "v_proj"), rank_pattern=patterns)
     write_adapter(tmp_path, {}, lora, tiny)
@@ -274,7 +275,7 @@ def test_the_order_of_patterns_is_kept_on_disk(tiny: Path, tmp_path: Path) -> No
 
 def test_a_name_or_pattern_begins_where_a_part_of_the_path_does(tiny: Path) -> None:
     """As in PEFT, for which `proj` is the end of no path, though q_proj ends with it."""
-    shape = read_checkpoint(tiny).shape
+    shape = read_checkpoint(read_model_config(tiny)).shape
     with pytest.raises(RequestError, match="lora_target: no layer is called proj"):
         LoraShape.of(MethodSettings(lora_target=("proj",)), shape)
     with pytest.raises(RequestError, match="rank_pattern: 'proj' matches the end of no path"):
@@ -284,6 +285,6 @@ def test_a_name_or_pattern_begins_where_a_part_of_the_path_does(tiny: Path) -> N
 
 
 def test_a_tied_head_is_not_trained_alone(tiny_tied: Path) -> None:
-    shape = read_checkpoint(tiny_tied).shape
+    shape = read_checkpoint(read_model_config(tiny_tied)).shape
     with pytest.raises(RequestError, match="additional_target: this checkpoint ties lm_head"):
         LoraShape.of(MethodSettings(additional_target=("lm_head",)), shape)

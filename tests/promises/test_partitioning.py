@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from minilora.files.model_config import read_model_config
 from minilora.files.weights import read_checkpoint
 from tests.support.runs import (
     Ground,
@@ -79,7 +80,7 @@ def test_an_optimizer_step_gathers_less_than_twice_the_model(
 ) -> None:
     """HF Trainer with LLaMA-Factory's ZeRO-3 file gathers 7.8 times the model at 4."""
     job = two_ranks[f"accumulation {accumulation}"]
-    model_bytes = read_checkpoint(Path(job["model_name_or_path"])).total_bytes
+    model_bytes = read_checkpoint(read_model_config(Path(job["model_name_or_path"]))).total_bytes
     for cost in costs(job):
         first, *steady = (gathered / model_bytes for gathered in cost["gathered"])
         assert len(steady) == 2

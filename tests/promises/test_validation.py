@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from minilora.data.prepare import prepare
 from minilora.settings.command_line import read_settings
 from tests.support.oracle import validation_of
+from tests.support.prepared import prepared_of
 from tests.support.runs import Ground, adapter, log, run_jobs, stage_file, write_rows
 
 Jobs = dict[str, dict[str, Any]]
@@ -109,9 +109,9 @@ def test_a_share_is_held_out_and_never_trained_on(validated: Jobs) -> None:
     settings = read_settings(
         [f"--{key}={value}" for key, value in validated["share"].items()], "train"
     )
-    prepared = prepare(settings, colour=False)
-    whole = prepare(
-        read_settings([f"--{k}={v}" for k, v in validated["none"].items()], "train"), colour=False
+    prepared = prepared_of(settings)
+    whole = prepared_of(
+        read_settings([f"--{k}={v}" for k, v in validated["none"].items()], "train")
     ).documents
 
     def texts(documents: Any) -> list[bytes]:

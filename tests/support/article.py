@@ -7,16 +7,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from minilora.files.model_config import shape_from_config
 from minilora.memory.job import memory_job
 from minilora.memory.zero3_gathers import Zero
-from minilora.model.llama_shape import LlamaShape
 from minilora.settings.settings import DataSettings, MethodSettings, Settings, TrainSettings
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 def article(rank: int = 8, **changes: Any) -> Any:
-    shape = LlamaShape.from_config(
+    shape = shape_from_config(
         json.loads((ROOT / "examples/llama-3.1-8b/config.json").read_text(encoding="utf-8"))
     )
     zero = Zero.of(json.loads((ROOT / "minilora/ds_configs/zero3.json").read_text()))

@@ -25,6 +25,7 @@ import torch
 
 from minilora import train
 from minilora.files import snapshot
+from minilora.files.output_folder import claimed
 from minilora.processes import world
 from minilora.training import engine, loop
 from minilora.training import shared_documents as tokenise
@@ -128,7 +129,7 @@ class Running:
             port = probe.getsockname()[1]
         self.claim = ExitStack()
         if case.get("claimed"):
-            self.claim.enter_context(snapshot.claimed(Path(case["job"]["output_dir"])))
+            self.claim.enter_context(claimed(Path(case["job"]["output_dir"])))
         ranks = range(case["ranks"])
         self.ranks = [start_rank(case, rank, port, self.folder) for rank in ranks]
         self.ends: dict[int, tuple[int, float]] = {}

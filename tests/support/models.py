@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from minilora.files.model_config import shape_from_config
 from minilora.model.llama import Llama
-from minilora.model.llama_shape import LlamaShape
 from minilora.model.tiles import document_tiles
 
 LLAMA3_ROPE = {
@@ -41,7 +41,7 @@ def random_llama(**changes: object) -> LlamaForCausalLM:
 
 
 def ours(theirs: LlamaForCausalLM, keep_blocks: int = 0) -> Llama:
-    shape = LlamaShape.from_config(theirs.config.to_dict())
+    shape = shape_from_config(theirs.config.to_dict())
     model = Llama(shape, keep_blocks)
     expected = set(shape.parameter_shapes())
     state = {name: tensor for name, tensor in theirs.state_dict().items() if name in expected}

@@ -12,8 +12,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from minilora.data.prepare import prepare
 from minilora.settings.command_line import read_settings
+from tests.support.prepared import prepared_of
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -59,7 +59,7 @@ def document_loss_sum(model: Any, token_ids: Tensor, labels: Tensor) -> Tensor:
 def validation_of(job: dict[str, Any]) -> tuple[float, float]:
     """Loss and accuracy per label of a job's validation rows, by PEFT with the adapter it left."""
     settings = read_settings([f"--{key}={value}" for key, value in job.items()], "train")
-    held = prepare(settings, colour=False).validation
+    held = prepared_of(settings).validation
     base = base_model(Path(job["model_name_or_path"]))
     model = PeftModel.from_pretrained(base, job["output_dir"])
     total, right = 0.0, 0

@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from minilora.files.adapter import WEIGHTS, write_adapter
-from minilora.files.weights import read_checkpoint, read_config
+from minilora.files.model_config import read_model_config
+from minilora.files.weights import read_checkpoint
 from minilora.model.llama_shape import LlamaShape
 from minilora.model.lora_shape import LoraShape
 
@@ -116,7 +117,7 @@ def check_loading(job: dict[str, Any], ranks: int) -> None:
     assert held.keys() == written.keys()
     for name, tensor in written.items():
         assert torch.equal(held[name], tensor.to(held[name].dtype)), name
-    total = read_checkpoint(model).total_bytes
+    total = read_checkpoint(read_model_config(model)).total_bytes
     for cost in costs(job):
         assert 0 < cost["bytes_read"] <= 1.01 * total / ranks
     assert sum(cost["bytes_read"] for cost in costs(job)) == total
@@ -145,7 +146,7 @@ def make_ground(folder: Path, models: dict[str, Path]) -> Ground:
     plain = [(name, name, {}) for name in models]
     family = [(name, "tiny", fields) for name, fields in VARIANTS.items() if "tiny" in models]
     for name, model, fields in (*plain, *family):
-        _, shape = read_config(models[model])
+        shape = read_model_config(models[model]).shape
         lora = variant_shape(shape, fields)
         tensors = {
             parameter: torch.randn(size, generator=generator) * 0.1 + (len(size) == 1)

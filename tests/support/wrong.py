@@ -12,13 +12,14 @@ from typing import Any
 
 import torch
 
-from minilora.data.prepare import prepare
 from minilora.files.adapter import write_adapter
-from minilora.files.weights import INDEX, TensorPart, read_config, read_parts
+from minilora.files.model_config import read_model_config
+from minilora.files.weights import INDEX, TensorPart, read_parts
 from minilora.model.lora_shape import LoraShape
 from minilora.settings.command_line import read_settings
 from minilora.settings.errors import RequestError
 from minilora.training.checks import check
+from tests.support.prepared import prepared_of
 from tests.support.rows import write
 
 NORM = "model.norm.weight"
@@ -47,7 +48,7 @@ class Request:
         try:
             settings = read_settings(self.words, "train")
             plan = check(settings)
-            prepare(settings, colour=False)
+            prepared_of(settings)
             for name, stored in plan.checkpoint.tensors.items():
                 whole = torch.empty(torch.Size(stored.shape).numel())
                 read_parts(plan.checkpoint, [TensorPart(name, 0, whole)])
@@ -59,7 +60,7 @@ class Request:
 def sound(folder: Path, model: Path) -> Request:
     """A request that is all right; `model` is copied."""
     shutil.copytree(model, folder / "model")
-    _, shape = read_config(model)
+    shape = read_model_config(model).shape
     lora = LoraShape(4, 8, 0.0, ("q_proj", "v_proj"))
     zeros = {name: torch.zeros(size) for name, size in lora.parameter_shapes(shape).items()}
     write_adapter(folder / "adapter", zeros, lora, model)

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from minilora.model.llama_shape import LlamaShape
+from minilora.files.model_config import shape_from_config
 from minilora.settings.errors import RequestError
 from minilora.tiny.__main__ import main
 from minilora.tiny.checkpoint import TinyShape, write_tiny
@@ -95,7 +95,7 @@ def test_transformers_reads_every_tensor(tmp_path: Path, form: str, tied: bool) 
         torch.testing.assert_close(model.state_dict()[name], value, rtol=0, atol=0)
     config = json.loads((tmp_path / "config.json").read_text())
     shapes = {name: tuple(value.shape) for name, value in held.items()}
-    assert shapes == LlamaShape.from_config(config).parameter_shapes()
+    assert shapes == shape_from_config(config).parameter_shapes()
 
 
 def test_default_is_bf16_and_of_the_given_sizes(tmp_path: Path) -> None:
