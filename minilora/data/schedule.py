@@ -32,9 +32,9 @@ class Schedule:
     lengths: (n,) int64, tokens per document. A step takes the next `rows_per_step` documents of the
     epoch's permutation; with packing as many as fit into rows_per_step * cutoff_len tokens, at
     least one. The last step of an epoch takes what is left. done_steps, done_rows: where a resumed
-    run goes on, documents counted over all epochs.
-    break_even_length: tokens of a document at which attention costs as much as the matrix products
-    do (LlamaShape.break_even_length); by it a step's documents are shared out over the ranks. Raises ValueError without documents or with
+    run goes on, documents counted over all epochs. break_even_length: the document length at which
+    attention costs as much as the matrix products (`LlamaShape.break_even_length`), by which a
+    step's documents are shared out over the ranks. Raises ValueError without documents or with
     fewer than one row per step.
     """
 
