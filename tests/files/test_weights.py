@@ -69,14 +69,14 @@ def test_reading_needs_no_more_memory_than_the_part(tmp_path: Path) -> None:
 import json, resource, torch
 from pathlib import Path
 from safetensors.torch import save_file
-from minilora.files.weights import Checkpoint, Piece, StoredTensor, read_pieces
+from minilora.files.weights import Checkpoint, TensorPart, StoredTensor, read_parts
 path = Path({str(tmp_path)!r}) / "big.safetensors"
 stored = StoredTensor(path, 8 + int.from_bytes(path.open("rb").read(8), "little"),
                       (7500, 7000), torch.float32)
 part = torch.zeros(7500 * 1000)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-checkpoint = Checkpoint(path.parent, {{}}, None, {{"big": stored}})
-read_pieces(checkpoint, [Piece("big", 7500 * 1000, part)])
+checkpoint = Checkpoint(path.parent, None, {{"big": stored}})
+read_parts(checkpoint, [TensorPart("big", 7500 * 1000, part)])
 assert part[0] == 7500 * 1000 and part[-1] == 2 * 7500 * 1000 - 1
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """

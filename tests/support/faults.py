@@ -35,7 +35,7 @@ AT_ONCE = 4  # cases; most of their time is waiting
 MOMENTS: dict[str, tuple[Any, str]] = {
     "links": (world.World, "try_links"),
     "tokenising": (tokenise, "prepare"),
-    "loading": (engine, "read_pieces"),
+    "loading": (engine, "read_parts"),
     "step": (engine.Engine, "step"),
     "log": (loop.Report, "step"),
     "save": (loop, "write_snapshot"),
