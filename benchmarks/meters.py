@@ -37,8 +37,8 @@ class Pretended(World):
 class MadeUp(Engine):
     """An engine whose weights are random numbers, made where they are kept."""
 
-    def _pieces(self) -> Iterator[TensorPart]:
-        for piece in super()._pieces():
+    def _parts_to_read(self) -> Iterator[TensorPart]:
+        for piece in super()._parts_to_read():
             piece.destination.normal_(std=0.02)
         yield from ()
 

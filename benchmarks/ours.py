@@ -15,6 +15,7 @@ from benchmarks.turns import Turns
 from benchmarks.workloads import LLAMA_FACTORY, SIZES, Size, rows, weight
 from minilora.data.documents import Documents
 from minilora.data.schedule import Schedule
+from minilora.data.steps import TileLimits
 from minilora.files.deepspeed_file import Facts, find_ds_config, resolve_ds_config
 from minilora.files.snapshot import State
 from minilora.files.weights import Checkpoint, TensorPart
@@ -35,7 +36,8 @@ from minilora.settings.settings import (
 )
 from minilora.training import engine as engine_module
 from minilora.training.engine import Engine, ModelRecipe
-from minilora.training.loop import Job, train
+from minilora.training.job import Job
+from minilora.training.loop import train
 
 
 class Watch(Report):
@@ -64,7 +66,7 @@ def run(turns: Turns) -> None:
     """Train until the turns are over."""
     variant, size = turns.order.variant, SIZES[turns.order.size]
     settings = _settings(turns, size)
-    engine_module.read_pieces = fill  # type: ignore[assignment]
+    engine_module.read_parts = fill  # type: ignore[assignment]
     world = World(settings.train)
     turns.mark("processes")
     plan, options = _plan(turns, size, settings), settings.train
@@ -87,14 +89,24 @@ def run(turns: Turns) -> None:
     asked = Way(variant.name, setup, budget(setup)), dict[str, Zero]()
     way = foresee(world, asked, plan.lora, schedule, settings.keeps_what_fits).asked.setup
     plan = replace(plan, keep_blocks=way.keep_blocks)
-    settings = replace(settings, train=replace(options, gather_tokens=way.gather_tokens))
     turns.counted["kept"] = plan.keep_blocks
     phases = StartupTimes()
     phases.done = turns.mark  # type: ignore[method-assign]
     engine = Engine(world, plan, phases)
-    job = Job(settings, documents, schedule, plan.lora, State(0, 0, {}, {}, {}))
-    with Watch(turns, engine, options, schedule.total_steps, world.rank == 0) as report:
-        train(world, engine, job, report)
+    with Watch(turns, engine, options, schedule.total_steps, world.rank == 0) as log:
+        job = Job(
+            world=world,
+            engine=engine,
+            settings=settings,
+            documents=documents,
+            validation=None,
+            schedule=schedule,
+            limits=TileLimits(options.tile_tokens, way.gather_tokens),
+            lora=plan.lora,
+            start=State(0, 0, {}, {}, {}),
+            log=log,
+        )
+        train(job)
 
 
 def _settings(turns: Turns, size: Size) -> Settings:

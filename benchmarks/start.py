@@ -78,16 +78,16 @@ def main() -> None:
     settings = read_settings([*words, "--keep_blocks=0"], "train")
     world = Pretended(own.ranks, own.device)
     phases.done("processes")
-    plan = check(settings)
+    request = check(settings)
     phases.done("checks")
-    engine = Engine(world, plan, phases)
+    engine = Engine(world, request.recipe(keep_blocks=0), phases)
     ready = sum(phases.seconds.values()) - phases.seconds.get("(writing holes)", 0.0)
     ids = torch.arange(8)
     engine.forward_backward(Span(ids, ids, ((8,),), 0), 1.0, last=True)
     if own.device == "cuda":
         torch.cuda.synchronize()
     phases.done("first forward and backward")
-    total = plan.checkpoint.total_bytes
+    total = request.checkpoint.total_bytes
     found = {"seconds_to_first_forward": ready, "phases": phases.seconds, "ranks": own.ranks}
     found |= {"read": engine.bytes_read, "of": total, "share": engine.bytes_read / total}
     print(json.dumps({**versions(), "size": own.size, "device": own.device, **found}))

@@ -1,46 +1,56 @@
-"""Which step validated best, and how long ago: what early stopping and the final adapter go by."""
+"""Which validation was the best, and how many since were not better.
+
+The adapter that is left at the end, and early stopping, go by it.
+"""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from minilora.files.adapter import WEIGHTS
+from minilora.settings.errors import RequestError
 from minilora.settings.settings import TrainSettings
 
 
 @dataclass(frozen=True)
 class Best:
-    """The best validation of a run so far; snapshots keep it.
+    """The best validation of a run so far; snapshots store it.
 
-    by: what it was found by: metric, whether more is better, digest of the validation documents
+    criterion: what it was found by: metric, whether more is better, digest of the validation data
     step, value: after which step, and the metric then; step 0 before the first validation
     folder: the snapshot of that step, if there is one
-    since: validations after it, none of them better
-    due: whether a signal came before the validation of the last step
+    validations_without_gain: validations since then, none of them better
+    validation_pending: whether a signal came before the validation of the last step was done
     """
 
-    by: list[Any] = field(default_factory=list)
+    criterion: list[Any] = field(default_factory=list)
     step: int = 0
     value: float = 0.0
     folder: str = ""
-    since: int = 0
-    due: bool = False
+    validations_without_gain: int = 0
+    validation_pending: bool = False
 
     def after(self, step: int, value: float, folder: str) -> Best:
-        """What is best after the validation of a step; nan never is."""
-        _, greater, _ = self.by
+        """What is best after the validation of a step; a value that is not finite never is."""
+        _, greater, _ = self.criterion
         better = value > self.value if greater else value < self.value
         if math.isfinite(value) and (better or not self.step):
-            return Best(self.by, step, value, folder)
-        return replace(self, since=self.since + 1, due=False)
+            return Best(self.criterion, step, value, folder)
+        return replace(
+            self,
+            validations_without_gain=self.validations_without_gain + 1,
+            validation_pending=False,
+        )
 
     @property
     def results(self) -> dict[str, float]:
         """Lines of train_results.json, named as in the HF Trainer's state."""
-        return {"best_metric": self.value, "best_global_step": self.step} if self.step else {}
+        if not self.step:
+            return {}
+        return {"best_metric": self.value, "best_global_step": self.step}
 
 
 def best_before(
@@ -48,21 +58,26 @@ def best_before(
 ) -> tuple[Best, list[str]]:
     """The best so far of a run that starts, and what its user should know of it.
 
-    saved: the Best in the snapshot that it goes on from, or empty. digest: of the validation
-    documents. A snapshot's best counts if it was found by the same, and is still there; its folder
-    may have moved together with the one that the run goes on from.
+    saved: the Best in the snapshot that the run resumes from, or empty; digest: of the validation
+    documents. A stored best counts only if it was found by the same criterion, and if its snapshot
+    is still there. Raises RequestError for a snapshot of another version of minilora.
     """
-    fresh = Best(by=[*train.judged_by, digest])
+    fresh = Best(criterion=[*train.judged_by, digest])
     if not saved or snapshot is None or train.eval_strategy == "no":
         return fresh, []
+
+    if saved.keys() != {item.name for item in fields(Best)}:
+        raise RequestError([f"{snapshot}: not a snapshot of this version of minilora"])
     best = Best(**saved)
-    fresh = replace(fresh, due=best.due)
+    fresh = replace(fresh, validation_pending=best.validation_pending)
     if not best.step:
         return fresh, []
-    if best.by != fresh.by:
+    if best.criterion != fresh.criterion:
         return fresh, ["the best is looked for anew: the metric or the validation data changed"]
-    beside = snapshot.parent / Path(best.folder).name
-    for folder in (Path(best.folder), beside):
+
+    # The output folder may have been moved as a whole since the snapshot was written.
+    moved = snapshot.parent / Path(best.folder).name
+    for folder in (Path(best.folder), moved):
         if (folder / WEIGHTS).is_file():
             return replace(best, folder=str(folder.resolve())), []
     if train.load_best_model_at_end:

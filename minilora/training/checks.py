@@ -1,11 +1,17 @@
-"""Everything that can be wrong with a request, found before anything is built."""
+"""Everything that can be wrong with a request, found before anything is built.
+
+`check` opens each small file once: config.json, the headers of the weights, the adapter to
+continue, the DeepSpeed files. What it read is handed on in one object that all others take.
+"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,12 +19,14 @@ from torch import Tensor
 from minilora.data.datasets import read_conversations
 from minilora.data.tokenizer import load_tokenizer
 from minilora.files.adapter import CONFIG, read_adapter, read_adapter_shape
-from minilora.files.deepspeed_file import Facts, find_ds_config, resolve_ds_config
-from minilora.files.model_config import read_model_config
+from minilora.files.deepspeed_file import Facts, read_deepspeed_files
+from minilora.files.model_config import ModelConfig, read_model_config
 from minilora.files.output_folder import check_room
 from minilora.files.snapshot import find_snapshot
-from minilora.files.weights import read_checkpoint
+from minilora.files.weights import Checkpoint, read_checkpoint
 from minilora.memory.job import kept_blocks
+from minilora.memory.ways import Way, asked_way
+from minilora.memory.zero3_gathers import Zero
 from minilora.model.llama_shape import LlamaShape
 from minilora.model.lora_shape import LoraShape
 from minilora.report.curves import LOG
@@ -26,89 +34,146 @@ from minilora.settings.errors import RequestError
 from minilora.settings.settings import Settings
 from minilora.training.engine import ModelRecipe
 
+SNAPSHOT_BYTES = 4  # of an fp32 number, of which a snapshot has several for each trained parameter
 
-def check(settings: Settings) -> ModelRecipe:
-    """Check weights, adapter, DeepSpeed file and output folder, and report all problems at once."""
+
+@dataclass(frozen=True)
+class CheckedRequest:
+    """A request in which nothing was found wrong, with all that was read to find out.
+
+    settings: what the user asked for, never changed by what the run decides
+    start_adapter: the tensors of the adapter to continue, by parameter name; empty for a new one
+    ds_configs: DeepSpeed files that could serve, resolved, by name; the asked one is the first
+    """
+
+    settings: Settings
+    checkpoint: Checkpoint
+    lora: LoraShape
+    start_adapter: Mapping[str, Tensor]
+    ds_configs: Mapping[str, dict[str, Any]]
+
+    def asked_way(self, ranks: int) -> tuple[Way, dict[str, Zero]]:
+        """What the memory plan makes of the settings, and of the DeepSpeed files."""
+        on_gpu = torch.cuda.is_available()
+        return asked_way(self.settings, self.checkpoint.shape, self.ds_configs, ranks, on_gpu)
+
+    def recipe(self, keep_blocks: int) -> ModelRecipe:
+        """What the engine builds, with as many blocks saving their activations as was decided."""
+        ds_config = next(iter(self.ds_configs.values()))
+        return ModelRecipe(
+            self.checkpoint,
+            self.lora,
+            self.start_adapter,
+            self.settings.train,
+            ds_config,
+            keep_blocks,
+        )
+
+
+def check(settings: Settings) -> CheckedRequest:
+    """Check the whole request. Raises RequestError with every problem that was found."""
     problems: list[str] = []
-    train_settings = settings.train
-    shape = checkpoint = lora = adapter = None
-    model = settings.base
-    with _noting(problems):
-        config = read_model_config(model)
-        shape = config.shape
+    train = settings.train
+    config: ModelConfig | None = None
+    checkpoint: Checkpoint | None = None
+    lora: LoraShape | None = None
+    start_adapter: Mapping[str, Tensor] = {}
+    ds_configs: Mapping[str, dict[str, Any]] = {}
+
+    # The base model. What depends on its shape is checked only where config.json can be read.
+    with _collecting(problems):
+        config = read_model_config(settings.base)
         checkpoint = read_checkpoint(config)
-    if shape is not None:
-        with _noting(problems):
-            lora, adapter = _adapter(settings, shape)
-    with _noting(problems):
+    if config is not None:
+        with _collecting(problems):
+            lora, start_adapter = _adapter(settings, config.shape)
+        with _collecting(problems):
+            kept_blocks(settings, config.shape)
+
+    # Where the run writes, and what it resumes from.
+    with _collecting(problems):
         _check_output(settings)
-    with _noting(problems):
-        find_snapshot(settings.output, train_settings.resume_from_checkpoint)
-    if shape is not None and lora is not None:
-        with _noting(problems):
-            check_room(settings.output, 4 * lora.size(shape))
-    keep_blocks = 0
-    with _noting(problems):
-        keep_blocks = kept_blocks(settings, shape) if shape is not None else 0
-    ds_config = {}
-    with _noting(problems):
-        path = find_ds_config(train_settings.deepspeed)
-        if shape is not None:
-            facts = Facts(
-                world_size=int(os.environ.get("WORLD_SIZE", "1")),
-                hidden_size=shape.hidden_size,
-                bf16=train_settings.computes_in_bf16(torch.cuda.is_available()),
-            )
-            ds_config = resolve_ds_config(path, train_settings, facts)
-    if train_settings.memory_snapshot and not torch.cuda.is_available():
+    with _collecting(problems):
+        find_snapshot(settings.output, train.resume_from_checkpoint)
+    if config is not None and lora is not None:
+        with _collecting(problems):
+            check_room(settings.output, SNAPSHOT_BYTES * lora.size(config.shape))
+
+    # The DeepSpeed file: its "auto" values need the size of the model.
+    if config is not None:
+        with _collecting(problems):
+            bf16 = train.computes_in_bf16(on_gpu=torch.cuda.is_available())
+            ranks = int(os.environ.get("WORLD_SIZE", "1"))
+            ds_configs = read_deepspeed_files(train, Facts(ranks, config.shape.hidden_size, bf16))
+    if train.memory_snapshot and not torch.cuda.is_available():
         problems.append("memory_snapshot: torch notes a GPU's memory, and there is none; remove it")
-    if problems or checkpoint is None or lora is None or adapter is None:
-        raise RequestError([*problems, *_data_problems(settings, tokenizer=shape is not None)])
-    return ModelRecipe(checkpoint, lora, adapter, train_settings, ds_config, keep_blocks)
+
+    if problems or checkpoint is None or lora is None:
+        problems += _data_problems(settings, has_config=config is not None)
+        raise RequestError(problems)
+    return CheckedRequest(settings, checkpoint, lora, start_adapter, ds_configs)
 
 
-def _data_problems(settings: Settings, tokenizer: bool) -> list[str]:
-    """What is wrong with the data of a request that is refused anyway; rank 0 alone tells it."""
+def _data_problems(settings: Settings, has_config: bool) -> list[str]:
+    """What is wrong with the data of a request that is refused anyway, so that all is said at once.
+
+    The data of a sound request are read later, by one process of each machine. Only rank 0 looks
+    here, for it alone tells the user.
+    """
     problems: list[str] = []
-    if os.environ.get("RANK", "0") == "0":
-        if tokenizer:
-            with _noting(problems):
-                load_tokenizer(settings.base)
-        for names in filter(None, (settings.data.dataset, settings.data.eval_dataset)):
-            with _noting(problems):
+    if os.environ.get("RANK", "0") != "0":
+        return problems
+    if has_config:  # else there is no model folder, which has been said
+        with _collecting(problems):
+            load_tokenizer(settings.base)
+    for names in (settings.data.dataset, settings.data.eval_dataset):
+        if names:
+            with _collecting(problems):
                 read_conversations(names, settings.data, settings.method.stage)
     return problems
 
 
 def _adapter(settings: Settings, shape: LlamaShape) -> tuple[LoraShape, Mapping[str, Tensor]]:
-    """The shape of the adapter, and what it starts from if it continues another."""
-    method, folder = settings.method, settings.model.adapter_name_or_path
-    asked = LoraShape.of(method, shape)
-    if folder is None:
+    """The shape of the adapter, and the tensors that it starts from if it continues another."""
+    asked = LoraShape.of(settings.method, shape)
+    if settings.model.adapter_name_or_path is None:
         return asked, {}
-    if not Path(folder).is_dir():
-        lacks = "no such folder; name one adapter, several are merged first (minilora.merge)"
-        raise RequestError([f"adapter_name_or_path: {folder}: {lacks}"])
-    lora = read_adapter_shape(Path(folder), shape, method.lora_dropout)
-    problems = [
-        f"{settings.name_of(key)}: {mine} contradicts the {has} of {folder}; remove the key"
-        for key, mine, has in (
-            ("lora_rank", asked.rank, lora.rank),
-            ("lora_alpha", asked.alpha, lora.alpha),
-            ("use_rslora", asked.use_rslora, lora.use_rslora),
-            ("use_dora", asked.use_dora, lora.use_dora),
-            ("rank_pattern", asked.rank_pattern, lora.rank_pattern),
-            ("alpha_pattern", asked.alpha_pattern, lora.alpha_pattern),
-            ("additional_target", {*asked.modules_to_save}, {*lora.modules_to_save}),
-        )
-        if key in settings.origins and mine != has
-    ]
-    if "lora_target" in settings.origins and {*asked.layers(shape)} != {*lora.layers(shape)}:
-        name = settings.name_of("lora_target")
-        problems.append(f"{name} means other layers than those of {folder}; remove the key")
+
+    folder = Path(settings.model.adapter_name_or_path)
+    if not folder.is_dir():
+        remedy = "no such folder; name one adapter, several are merged first (minilora.merge)"
+        raise RequestError([f"adapter_name_or_path: {folder}: {remedy}"])
+    continued = read_adapter_shape(folder, shape, settings.method.lora_dropout)
+    problems = _contradictions(settings, asked, continued, shape)
     if problems:
         raise RequestError(problems)
-    return lora, read_adapter(Path(folder), lora.parameter_shapes(shape))
+    return continued, read_adapter(folder, continued.parameter_shapes(shape))
+
+
+def _contradictions(
+    settings: Settings, asked: LoraShape, continued: LoraShape, shape: LlamaShape
+) -> list[str]:
+    """Keys that the user wrote and that the adapter to continue contradicts."""
+    folder = settings.model.adapter_name_or_path
+    pairs = (
+        ("lora_rank", asked.rank, continued.rank),
+        ("lora_alpha", asked.alpha, continued.alpha),
+        ("use_rslora", asked.use_rslora, continued.use_rslora),
+        ("use_dora", asked.use_dora, continued.use_dora),
+        ("rank_pattern", asked.rank_pattern, continued.rank_pattern),
+        ("alpha_pattern", asked.alpha_pattern, continued.alpha_pattern),
+        ("additional_target", {*asked.modules_to_save}, {*continued.modules_to_save}),
+    )
+    problems = [
+        f"{settings.name_of(key)}: {mine} contradicts the {theirs} of {folder}; remove the key"
+        for key, mine, theirs in pairs
+        if key in settings.origins and mine != theirs
+    ]
+    other_layers = {*asked.layers(shape)} != {*continued.layers(shape)}
+    if "lora_target" in settings.origins and other_layers:
+        name = settings.name_of("lora_target")
+        problems.append(f"{name} means other layers than those of {folder}; remove the key")
+    return problems
 
 
 def _check_output(settings: Settings) -> None:
@@ -126,8 +191,8 @@ def _check_output(settings: Settings) -> None:
 
 
 @contextmanager
-def _noting(problems: list[str]) -> Iterator[None]:
-    """Collect the problems of a RequestError, or of a file, and go on."""
+def _collecting(problems: list[str]) -> Iterator[None]:
+    """Collect the problems of a RequestError, or of a file that cannot be read, and continue."""
     try:
         yield
     except RequestError as error:

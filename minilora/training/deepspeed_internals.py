@@ -1,1 +1,141 @@
-"""What of DeepSpeed is private (to be filled)."""
+"""Every private attribute of DeepSpeed that minilora relies on, and every workaround, in one room.
+
+Each function names the file of DeepSpeed that it relies on, and the reason. All of them were seen
+to hold in DeepSpeed 0.19.3 to 0.19.8; setup.cfg accepts `deepspeed >= 0.19.3, < 0.20` for that
+reason. Whoever moves to another release reads this file first; nothing else here is private.
+
+Words of DeepSpeed: at stage 3 a parameter is *partitioned*. Its `data` is empty, `ds_tensor` holds
+this rank's part of its flattened elements, and `ds_numel` counts the elements of the whole. All
+parts have the same length, so the last ranks' parts are padded.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Mapping
+from contextlib import suppress
+from importlib import import_module
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed import utils as ds
+from deepspeed.runtime.config import DeepSpeedConfig
+from torch import Tensor, nn
+
+
+class PartitionedInit(deepspeed.zero.Init):  # type: ignore[misc]
+    """zero.Init without its broadcast: parameters made inside are partitioned, and left empty.
+
+    `Init._zero_init_param` in runtime/zero/partition_parameters.py broadcasts each new parameter
+    from rank 0, so that all ranks start from the same values. Here each rank reads its own part
+    from the file right afterwards, so those bytes would be sent for nothing.
+    """
+
+    def _zero_init_param(self, param: Any) -> None:
+        self._convert_to_deepspeed_param(param)
+        param.partition()
+
+
+def partition_of(parameter: Any, rank: int) -> tuple[int, Tensor]:
+    """This rank's part of a partitioned parameter, without the padding.
+
+    Returns the index of the first element in the flattened whole, and the elements themselves: a
+    view into `ds_tensor` (runtime/zero/partition_parameters.py), so writing to it sets the weights.
+    """
+    size = parameter.ds_tensor.ds_numel
+    start = rank * size
+    count = max(0, min(size, parameter.ds_numel - start))
+    return start, parameter.ds_tensor.data[:count]
+
+
+def set_partition(parameter: Any, whole: Tensor, moments: Mapping[str, Tensor], rank: int) -> None:
+    """Set this rank's part of a parameter's fp32 master and of its optimizer state, at stage 3.
+
+    whole: the full fp32 master; moments: the full state by its key in the optimizer. The local
+    calls of utils/tensor_fragment.py are used, with parts that are padded here: `safe_set_full_*`
+    fails when a tensor does not divide by the number of ranks, so always with 3 or 7 ranks.
+    """
+    size = parameter.ds_tensor.ds_numel
+    rows = slice(rank * size, (rank + 1) * size)
+
+    def padded_part(tensor: Tensor) -> Tensor:
+        part = tensor.view(-1)[rows]
+        return nn.functional.pad(part, (0, size - len(part)))
+
+    ds.safe_set_local_fp32_param(parameter, padded_part(whole))
+    for key, moment in moments.items():
+        ds.safe_set_local_optimizer_state(parameter, padded_part(moment), key)
+    assert not parameter.data.numel(), "restored before anything was gathered"
+
+
+def link_moments(engine: Any) -> None:
+    """Let DeepSpeed find the optimizer's moments by parameter, at stages 1 and 2.
+
+    `_lazy_init_hp_params_optimizer_state` of runtime/zero/stage_1_and_2.py links them once, after
+    the first group's step. With several parameter groups the others have no moments yet at that
+    time and would never be found, so the flag is cleared and the linking is done again.
+    """
+    engine.optimizer._hp_optimizer_states_linked = False
+    engine.optimizer._lazy_init_hp_params_optimizer_state()
+
+
+def partitioned_masters(engine: Any) -> list[Tensor]:
+    """The flat fp32 partitions that the optimizer updates at stage 3 (runtime/zero/stage3.py)."""
+    return list(engine.optimizer.fp32_partitioned_groups_flat)
+
+
+def global_grad_norm(engine: Any) -> float:
+    """The norm of all gradients before clipping, the same number on every rank.
+
+    `get_global_grad_norm` of the engine returns it only after the step. `_global_grad_norm` of the
+    optimizers in runtime/zero/stage3.py and stage_1_and_2.py is set before the weights are updated,
+    and so is early enough to stop a run whose gradient is not finite.
+    """
+    return float(engine.optimizer._global_grad_norm)
+
+
+def reject_bad_config(config: Mapping[str, Any]) -> str | None:
+    """What DeepSpeed itself has against a configuration, in one line, or None.
+
+    `DeepSpeedConfig` (runtime/config.py) raises exceptions of many kinds: assertions, pydantic's
+    errors of many lines, its own.
+    """
+    try:
+        DeepSpeedConfig(dict(config))
+    except Exception as error:
+        return " ".join(str(error).partition("[type=")[0].split())
+    return None
+
+
+def silence() -> None:
+    """Keep DeepSpeed's own log lines, and torch's warnings about its calls, off the terminal."""
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # DeepSpeed calls torch's collectives by names that torch is about to change.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+
+
+def skip_shared_memory_op() -> None:
+    """Do not compile `deepspeed_shm_comm`, which comm/torch.py builds at the first start on a CPU.
+
+    The build takes 30 s and needs a compiler, and training never calls the op: it only serves the
+    all-reduce of DeepSpeed's inference engine.
+    """
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def import_muon() -> None:
+    """Import DeepSpeed's Muon optimizer before `initialize` does, and without torch's compiler.
+
+    `initialize` (runtime/engine.py, runtime/zero/utils.py) imports runtime/zero/muon only to see
+    that AdamW is another optimizer. Decorators there call torch.compile, whose import takes three
+    seconds; none of the decorated functions is ever called here.
+    """
+    compiling = torch.compile
+    torch.compile = lambda function: function  # type: ignore[assignment]
+    try:
+        with suppress(ImportError):
+            import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+    finally:
+        torch.compile = compiling

@@ -1,4 +1,4 @@
-"""One run from start to end: checked, built, trained, saved."""
+"""One run from start to end: checked, joined, tokenised, planned, built, trained, saved."""
 
 from __future__ import annotations
 
@@ -12,51 +12,55 @@ import torch
 
 from minilora import __version__
 from minilora.data.schedule import Schedule
-from minilora.files.deepspeed_file import Facts, read_deepspeed_files
+from minilora.data.steps import TileLimits
 from minilora.files.output_folder import claimed
-from minilora.files.snapshot import last_snapshot
-from minilora.memory.in_a_run import OutOfMemory, foresee
+from minilora.files.snapshot import State, last_snapshot
+from minilora.memory.in_a_run import Forecast, OutOfMemory, foresee
 from minilora.memory.measured import is_out_of_memory, read_memory
-from minilora.memory.ways import asked_way
 from minilora.processes.signals import Stopped
 from minilora.processes.startup_times import StartupTimes
 from minilora.processes.world import World
 from minilora.report.run_log import Report, Totals
 from minilora.settings.errors import RunError
 from minilora.settings.settings import Settings
-from minilora.training.checks import check
-from minilora.training.engine import Engine, ModelRecipe
-from minilora.training.loop import Job, train
-from minilora.training.shared_documents import tokenise
-from minilora.training.starting_point import start_of
+from minilora.training.checks import CheckedRequest, check
+from minilora.training.engine import Engine
+from minilora.training.job import Job
+from minilora.training.loop import train
+from minilora.training.shared_documents import shared_documents
+from minilora.training.starting_point import StartingPoint, starting_point
 
 
 def run(settings: Settings) -> None:
-    """Check everything, build, train, save.
+    """Check everything, join the processes, train, save.
 
     Raises RequestError before the first step, RunError or Stopped for what happens in the run.
     """
-    phases = StartupTimes()
-    phases.done("imports")
-    plan = check(settings)
-    phases.done("checks")
+    times = StartupTimes()
+    times.done("imports")
+    request = check(settings)
+    times.done("checks")
+
     world = World(settings.train)
-    output = settings.output
     try:
         world.try_links()
         with ExitStack() as stack:
             with world.agreed():
                 if world.rank == 0:
-                    stack.enter_context(claimed(output))
-            phases.done("processes")
-            run_in(world, settings, plan, phases)
+                    stack.enter_context(claimed(settings.output))
+            times.done("processes")
+            run_in(world, request, times)
             world.close()
+
+    # Whatever ended the run, the user learns which ranks are gone, and where to resume.
     except (RunError, Stopped) as error:
-        error.args = ("; ".join([str(error), *world.watch.lost().values(), last_snapshot(output)]),)
+        what_is_left = [*world.watch.lost().values(), last_snapshot(settings.output)]
+        error.args = ("; ".join([str(error), *what_is_left]),)
         if isinstance(error, OutOfMemory):
             error.tell(world)
         raise
-    except RuntimeError as error:  # a collective's, if a rank is lost: then there is no return
+    except RuntimeError as error:
+        # A collective raises this where a rank is lost; `settle` then ends the process.
         if not is_out_of_memory(error):
             world.watch.settle(error)
         raise
@@ -64,69 +68,99 @@ def run(settings: Settings) -> None:
         world.watch.over.set()
 
 
-def run_in(world: World, settings: Settings, plan: ModelRecipe, phases: StartupTimes) -> None:
-    """Train in processes that are there already. Collective."""
-    options = settings.train
-    documents, validation, notes = tokenise(world, settings, plan.checkpoint.shape)
+def run_in(world: World, request: CheckedRequest, times: StartupTimes) -> None:
+    """Train in processes that have joined already. Collective."""
+    settings, shape = request.settings, request.checkpoint.shape
+
+    # Data first: the memory plan goes by the real lengths of the documents.
+    documents, validation, notes = shared_documents(world, settings, shape)
     with world.agreed():
-        snapshot, start, saved = start_of(settings, plan, documents, validation)
-    shape = plan.checkpoint.shape
-    schedule = Schedule.of(
-        documents.lengths,
-        settings,
-        world.size,
-        shape.break_even_length,
-        (start.step, start.rows),
+        start = starting_point(request, documents, validation)
+    done = (start.state.step, start.state.rows)
+    schedule = Schedule.of(documents.lengths, settings, world.size, shape.break_even_length, done)
+    times.done("tokens")
+
+    # What the plan decides stands beside what was asked: neither overwrites the other.
+    forecast = foresee(
+        world, request.asked_way(world.size), request.lora, schedule, settings.keeps_what_fits
     )
-    phases.done("tokens")
-    facts = Facts(
-        world.size, shape.hidden_size, options.computes_in_bf16(torch.cuda.is_available())
-    )
-    ds_configs = read_deepspeed_files(options, facts)
-    asked = asked_way(settings, shape, ds_configs, world.size, torch.cuda.is_available())
-    forecast = foresee(world, asked, plan.lora, schedule, settings.keeps_what_fits)
-    # Before the weights, which may take their time.
-    _tell(world, settings.notices, notes, forecast.opening(options.strict_plan))
-    way = forecast.asked.setup
-    options = replace(options, gather_tokens=way.gather_tokens)
-    settings, plan = replace(settings, train=options), replace(plan, keep_blocks=way.keep_blocks)
-    with forecast.explaining(world.rank, options):
-        engine = Engine(world, plan, phases)
-        if snapshot is not None:
-            engine.restore(saved, start.step)
-            was = f"{start.info['ranks']} ranks, ZeRO-{start.info['stage']}"
-            reached = f"step {start.step} of {schedule.total_steps}"
-            found = [f"going on from {snapshot}, {reached} ({was})"]
-            _tell(world, found, start.info.get("notes", ()))
-        _tell(world, _facts(world, engine, plan, schedule), [str(phases)])
-        info = {"ranks": world.size, "stage": engine.stage, "settings": settings.to_dict()}
-        info["versions"] = {"minilora": __version__, "torch": torch.__version__}
-        totals = Totals(**start.totals)
-        with Report(options, schedule.total_steps, world.rank == 0, totals) as report:
-            start = replace(start, info=info)
-            job = Job(settings, documents, schedule, plan.lora, start, validation)
-            report.finish(**train(world, engine, job, report).results)
-            report.message(forecast.closing(world.gather_objects(read_memory(world.device))))
-            report.message(f"the adapter is in {options.output_dir}")
+    decided = forecast.asked.setup
+    tell(world, settings.notices, notes, forecast.opening(settings.train.strict_plan))
+
+    with forecast.explaining(world.rank, settings.train):
+        engine = Engine(world, request.recipe(decided.keep_blocks), times)
+        if start.snapshot is not None:
+            engine.restore(start.tensors, start.state.step)
+            tell(world, [resumes_from(start, schedule)])
+        tell(
+            world, start.notes, facts(request, engine, schedule, decided.keep_blocks), [str(times)]
+        )
+
+        totals = Totals(**start.state.totals)
+        log = Report(settings.train, schedule.total_steps, world.rank == 0, totals)
+        with log:
+            job = Job(
+                world=world,
+                engine=engine,
+                settings=settings,
+                documents=documents,
+                validation=validation,
+                schedule=schedule,
+                limits=TileLimits(settings.train.tile_tokens, decided.gather_tokens),
+                lora=request.lora,
+                start=about(start.state, world, engine, settings),
+                log=log,
+            )
+            best = train(job)
+            finish(job, best.results, forecast)
 
 
-def _tell(world: World, *groups: Iterable[str]) -> None:
+def finish(job: Job, results: dict[str, float], forecast: Forecast) -> None:
+    """Write the results, and compare the memory plan with what was measured. Collective."""
+    job.log.finish(**results)
+    measured = job.world.gather_objects(read_memory(job.world.device))
+    job.log.message(forecast.closing(measured))
+    job.log.message(f"the adapter is in {job.settings.train.output_dir}")
+
+
+def about(state: State, world: World, engine: Engine, settings: Settings) -> State:
+    """The state with what snapshots tell people of their run: the settings as they were asked."""
+    info = {
+        "ranks": world.size,
+        "stage": engine.stage,
+        "settings": settings.to_dict(),
+        "versions": {"minilora": __version__, "torch": torch.__version__},
+    }
+    return replace(state, info=info)
+
+
+def tell(world: World, *groups: Iterable[str]) -> None:
     """Rank 0 prints the lines of all groups."""
     if world.rank == 0:
         print(*chain(*groups), sep="\n", file=sys.stderr, flush=True)
 
 
-def _facts(world: World, engine: Engine, plan: ModelRecipe, schedule: Schedule) -> Iterator[str]:
-    """What a user wants to see confirmed before the first step."""
-    total, trained = plan.checkpoint.total_bytes, plan.lora.size(plan.checkpoint.shape)
+def resumes_from(start: StartingPoint, schedule: Schedule) -> str:
+    """One line about the snapshot that a run resumes from."""
+    info, reached = start.state.info, f"step {start.state.step} of {schedule.total_steps}"
+    return (
+        f"going on from {start.snapshot}, {reached} ({info['ranks']} ranks, ZeRO-{info['stage']})"
+    )
+
+
+def facts(
+    request: CheckedRequest, engine: Engine, schedule: Schedule, keep_blocks: int
+) -> Iterator[str]:
+    """Lines that confirm, before the first step, what is about to be trained and how."""
+    world, checkpoint = engine.world, request.checkpoint
+    total, layers = checkpoint.total_bytes, checkpoint.shape.num_layers
     yield (
         f"ZeRO-{engine.stage} on {world.size} x {world.device.type}, {engine.dtype}; each process "
         f"read {engine.bytes_read / 1e9:.4g} of {total / 1e9:.4g} GB"
     )
     yield (
-        f"{plan.lora}: {trained:,} parameters; "
+        f"{request.lora}: {request.lora.size(checkpoint.shape):,} parameters; "
         f"{schedule.total_steps} optimizer steps of {schedule.rows_per_step} rows"
     )
-    layers = plan.checkpoint.shape.num_layers
-    others = ", the others recompute them" * (plan.keep_blocks < layers)
-    yield f"{plan.keep_blocks} of {layers} blocks keep their activations{others}"
+    others = ", the others recompute them" if keep_blocks < layers else ""
+    yield f"{keep_blocks} of {layers} blocks keep their activations{others}"

@@ -1,4 +1,4 @@
-"""Documents for all ranks, tokenised once on each machine."""
+"""Documents for all ranks: tokenised once on each machine, and shared by its processes."""
 
 from __future__ import annotations
 
@@ -15,27 +15,37 @@ from minilora.settings.errors import RequestError
 from minilora.settings.settings import Settings
 
 
-def tokenise(
+def shared_documents(
     world: World, settings: Settings, shape: LlamaShape
 ) -> tuple[Documents, Documents, list[str]]:
-    """Tokenise in one process per machine; all its processes map the result into memory."""
+    """Training documents, validation documents, and lines about them for the user. Collective.
+
+    One process of each machine tokenises and writes the tokens to a temporary folder; all its
+    processes map those files into memory. The folder is removed before this returns, which takes
+    nothing from a process that has mapped its files. Raises RequestError.
+    """
     made: tuple[str, list[str]] = "", []
     with ExitStack() as stack:
         with world.agreed():
             if world.local_rank == 0:
                 folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="minilora-"))
-                prepared = prepare(settings, shape, colour=sys.stderr.isatty())
-                try:
-                    prepared.documents.save(Path(folder, "train"))
-                    prepared.validation.save(Path(folder, "validation"))
-                except OSError as error:
-                    raise RequestError(
-                        [f"{folder}: no room for tokens: {error}; set TMPDIR"]
-                    ) from None
-                title = "the first sample, its trained part marked:"
-                made = folder, [prepared.summary, title, prepared.sample]
+                made = folder, _tokenise(settings, shape, Path(folder))
+
+        # Ranks of a machine follow each other, so the one that tokenised is rank - local_rank.
         folder, notes = world.gather_objects(made)[world.rank - world.local_rank]
         documents = Documents.load(Path(folder, "train"))
         validation = Documents.load(Path(folder, "validation"))
-        world.gather_objects(None)  # every process of this machine has the files open
+        world.gather_objects(None)  # wait until every process has mapped the files
     return documents, validation, notes
+
+
+def _tokenise(settings: Settings, shape: LlamaShape, folder: Path) -> list[str]:
+    """Write the documents into the folder; returns the lines about them."""
+    prepared = prepare(settings, shape, colour=sys.stderr.isatty())
+    try:
+        prepared.documents.save(folder / "train")
+        prepared.validation.save(folder / "validation")
+    except OSError as error:
+        raise RequestError([f"{folder}: no room for tokens: {error}; set TMPDIR"]) from None
+    title = "the first sample, its trained part marked:"
+    return [prepared.summary, title, prepared.sample]

@@ -123,7 +123,7 @@ def test_best_and_patience_are_those_of_the_trainer(greater: bool) -> None:
         )
         trainer = SimpleNamespace(args=args, state=TrainerState())
         callback, control = EarlyStoppingCallback(3), TrainerControl()
-        best = Best(by=["eval_loss", greater, ""])
+        best = Best(criterion=["eval_loss", greater, ""])
         for step, value in enumerate(values, 1):
             trainer.state.global_step = step
             best = best.after(step, value, f"checkpoint-{step}")
@@ -136,7 +136,7 @@ def test_best_and_patience_are_those_of_the_trainer(greater: bool) -> None:
             assert best.step == (trainer.state.best_global_step or 0)
             if best.step:
                 assert (best.value, best.folder) == (now, f"checkpoint-{best.step}")
-                assert best.since == callback.early_stopping_patience_counter
+                assert best.validations_without_gain == callback.early_stopping_patience_counter
 
 
 def test_what_is_pruned_is_what_the_trainer_prunes(tmp_path: Path) -> None:
@@ -162,18 +162,25 @@ def test_what_is_left_of_the_best_when_going_on(tmp_path: Path) -> None:
     for step in (2, 4):
         (old / f"checkpoint-{step}").mkdir(parents=True)
         (old / f"checkpoint-{step}" / WEIGHTS).touch()
-    best = Best(["eval_loss", False, "d"], 2, 0.5, str(old / "checkpoint-2"), since=1, due=True)
+    best = Best(
+        ["eval_loss", False, "d"],
+        2,
+        0.5,
+        str(old / "checkpoint-2"),
+        validations_without_gain=1,
+        validation_pending=True,
+    )
     assert best_before(train, vars(best), "d", old / "checkpoint-4") == (best, [])
     never = TrainSettings(load_best_model_at_end=False, eval_strategy="no")
     assert best_before(never, vars(best), "d", old / "checkpoint-4")[0].step == 0, (
         "none is looked for"
     )
-    fresh = Best(["eval_loss", False, "other"], due=True)
+    fresh = Best(["eval_loss", False, "other"], validation_pending=True)
     found, note = best_before(train, vars(best), "other", old / "checkpoint-4")
     assert found == fresh and "the metric or the validation data changed" in note[0]
     shutil.move(old, moved)
     found, _ = best_before(train, vars(best), "d", moved / "checkpoint-4")
-    assert found.folder == str(moved / "checkpoint-2") and found.since == 1
+    assert found.folder == str(moved / "checkpoint-2") and found.validations_without_gain == 1
     shutil.rmtree(moved / "checkpoint-2")
     found, note = best_before(train, vars(best), "d", moved / "checkpoint-4")
     assert found.step == 0 and "is not there any more" in note[0]

@@ -27,19 +27,19 @@ from minilora import train
 from minilora.files import snapshot
 from minilora.files.output_folder import claimed
 from minilora.processes import world
-from minilora.training import engine, loop
-from minilora.training import shared_documents as tokenise
+from minilora.report import run_log
+from minilora.training import engine, milestones, shared_documents
 
 AT_ONCE = 4  # cases; most of their time is waiting
 # Moments that a fault can be put before: where the function is looked up, and its name.
 MOMENTS: dict[str, tuple[Any, str]] = {
     "links": (world.World, "try_links"),
-    "tokenising": (tokenise, "prepare"),
+    "tokenising": (shared_documents, "prepare"),
     "loading": (engine, "read_parts"),
     "step": (engine.Engine, "step"),
-    "log": (loop.Report, "step"),
-    "save": (loop, "write_snapshot"),
-    "check": (loop, "check_adapter"),
+    "log": (run_log.Report, "step"),
+    "save": (milestones, "write_snapshot"),
+    "check": (milestones, "check_adapter"),
     "file of a save": (snapshot, "write_atomically"),
     # What a phase calls first, or it alone: not our functions, for they would be the phase's frame.
     "gather": (sys.modules["deepspeed.runtime.zero.partition_parameters"], "_dist_allgather_fn"),

@@ -99,10 +99,10 @@ def main() -> None:
         watch.stop_after = job.pop("stop_after", None)
         words = [f"--{key}={value}" for key, value in job.items()]
         settings = read_settings(words, "train")
-        plan = check(settings)
+        request = check(settings)
         world = world or World(settings.train)
         try:
-            run_in(world, settings, plan, StartupTimes())
+            run_in(world, request, StartupTimes())
         except Stopped as stopped:
             assert watch.stop_after == len(watch.steps), stopped
         costs = world.gather_objects({"bytes_read": watch.bytes_read, "gathered": watch.steps})

@@ -47,11 +47,11 @@ class Request:
         """Why it is refused, up to the loading of weights; empty if it is not."""
         try:
             settings = read_settings(self.words, "train")
-            plan = check(settings)
+            request = check(settings)
             prepared_of(settings)
-            for name, stored in plan.checkpoint.tensors.items():
+            for name, stored in request.checkpoint.tensors.items():
                 whole = torch.empty(torch.Size(stored.shape).numel())
-                read_parts(plan.checkpoint, [TensorPart(name, 0, whole)])
+                read_parts(request.checkpoint, [TensorPart(name, 0, whole)])
         except RequestError as error:
             return [problem.replace(str(self.folder), "@") for problem in error.problems]
         return []
