@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from minilora.data.chat import CHUNK, encode_texts, fit, make_template, shares, show
+from minilora.data.chat import CHUNK, encode_texts, make_template, show, split_room, truncate
 from minilora.data.conversations import Conversation, Turn
 from minilora.data.tokenizer import Tokenizer, load_tokenizer
 from minilora.settings.errors import RequestError
@@ -113,7 +113,7 @@ def test_truncation_is_llama_factorys(prompt: bool, last: bool) -> None:
         parts = [part.tolist() for part in np.split(tokens, ends[:-1])]
         pairs = list(zip(parts[::2], parts[1::2], strict=True))
         cutoff = int(rng.integers(2, 120))
-        ids, trained = fit(
+        ids, trained = truncate(
             tokens, ends, cutoff_len=cutoff, train_on_prompt=prompt, mask_history=last
         )
         expected = reference_fit(pairs, cutoff, prompt, last)
@@ -121,11 +121,11 @@ def test_truncation_is_llama_factorys(prompt: bool, last: bool) -> None:
         assert len(ids) <= cutoff
 
 
-def test_shares_of_all_small_lengths() -> None:
+def test_split_room_of_all_small_lengths() -> None:
     for source in range(12):
         for target in range(1, 12):
             for room in range(1, 25):
-                assert shares(source, target, room) == reference_shares(source, target, room)
+                assert split_room(source, target, room) == reference_shares(source, target, room)
 
 
 @pytest.mark.parametrize("name", [None, "llama3"])

@@ -138,7 +138,7 @@ def test_bad_templates_are_refused(tmp_path: Path) -> None:
     endless = "{% for i in range(99999) %}{{ messages[0].content * 99 }}{% endfor %}"
     with pytest.raises(RequestError, match="differently once more turns follow"):
         template_of(tmp_path, forgetful).encode([talk("a", "b", "c", "d")], cutoff_len=99)
-    with pytest.raises(RequestError, match="writes over"):
+    with pytest.raises(RequestError, match="writes more than"):
         template_of(tmp_path, endless).encode([talk("word", "b")], cutoff_len=99)
     with pytest.raises(RequestError, match="chat template, line 2: "):
         template_of(tmp_path, "\n{% if %}")

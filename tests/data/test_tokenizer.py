@@ -41,7 +41,7 @@ def test_unusable_tokenizers_and_templates(tmp_path: Path, tokenizer: Tokenizer)
         load_tokenizer(tmp_path)
     with pytest.raises(RequestError, match="has no special token '<s>'"):
         load_tokenizer(write_folder(tmp_path, bos_token="<s>"))
-    with pytest.raises(RequestError, match="says no eos_token"):
+    with pytest.raises(RequestError, match="names no eos_token"):
         load_tokenizer(write_folder(tmp_path, eos_token=None))
     (tmp_path / "tokenizer_config.json").write_text("[")
     with pytest.raises(RequestError, match=r"tokenizer_config\.json:1: not JSON"):
