@@ -6,6 +6,7 @@ It needs the tokenizer and the config.json of the base model: no weights, no GPU
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -24,7 +25,9 @@ from minilora.settings.errors import RequestError, exit_code
 from minilora.settings.settings import Settings
 from minilora.settings.terminal import Lasting
 
-BINS, WIDTH = 12, 40  # of the histogram: at most so many lines, and characters in the longest
+# The histogram of document lengths: a line per range of lengths, and a bar in each.
+MOST_LINES = 12
+LONGEST_BAR = 40  # characters; the bar of the range with the most documents
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -34,23 +37,25 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(own: argparse.Namespace, settings: Settings) -> None:
     """Read the data and print what it looks like. Raises RequestError."""
-    least = {"--samples must be at least 0": own.samples >= 0,
-             "--num_gpus must be at least 1": own.num_gpus >= 1}  # fmt: skip
-    if problems := [problem for problem, held in least.items() if not held]:
+    problems = []
+    if own.samples < 0:
+        problems.append("--samples must be at least 0")
+    if own.num_gpus < 1:
+        problems.append("--num_gpus must be at least 1")
+    if problems:
         raise RequestError(problems)
-    print(*settings.notices, sep="\n", end="\n" * bool(settings.notices), file=sys.stderr)
+    for notice in settings.notices:
+        print(notice, file=sys.stderr)
+
     shape = read_model_config(settings.base).shape
     prepared = prepare(settings, shape, colour=False)
     documents = prepared.documents
-    print(
-        *samples(prepared, own.samples, sys.stdout.isatty()),
-        prepared.summary,
-        "",
-        *histogram(documents.lengths),
-        "",
-        *steps(documents, settings, own.num_gpus, shape.break_even_length),
-        sep="\n",
-    )
+    for sample in samples(prepared, own.samples, sys.stdout.isatty()):
+        print(sample)
+    print(prepared.summary, end="\n\n")
+    print(*histogram(documents.lengths), sep="\n", end="\n\n")
+    print(*steps(documents, settings, own.num_gpus, shape.break_even_length), sep="\n")
+
     if own.plot:
         with drawing("--plot", own.plot):
             _plot(own.plot, documents.lengths, settings.data.cutoff_len)
@@ -59,33 +64,40 @@ def run(own: argparse.Namespace, settings: Settings) -> None:
 def samples(prepared: Prepared, count: int, colour: bool) -> Iterator[str]:
     """Documents from all over the data: what each has, and its text, the trained part marked."""
     documents = prepared.documents
-    labelled, last = documents.labelled, len(documents) - 1
+    labelled = documents.labelled
+    last = len(documents) - 1
+    mark = "green" if colour else "[[ ]]"
     for index in np.linspace(0, last, min(count, len(documents)), dtype=int).tolist():
-        ids, trained = documents[index]
+        tokens, trained = documents[index]
         yield (
-            f"--- document {index + 1:,} of {len(documents):,}: {len(ids):,} tokens, "
-            f"{labelled[index]:,} of them trained ({'green' if colour else '[[ ]]'}) ---"
+            f"--- document {index + 1:,} of {len(documents):,}: {len(tokens):,} tokens, "
+            f"{labelled[index]:,} of them trained ({mark}) ---"
         )
-        yield f"{show(prepared.tokenizer, (ids, trained), colour)}\n"
+        yield f"{show(prepared.tokenizer, (tokens, trained), colour)}\n"
 
 
 def histogram(lengths: Int64s) -> Iterator[str]:
     """Lines: how long documents are, and how many there are of each length."""
-    at = dict(
-        zip(("shortest", "median", "longest"), np.quantile(lengths, [0, 0.5, 1]), strict=True)
+    shortest, median, longest = np.quantile(lengths, [0, 0.5, 1])
+    yield (
+        f"tokens per document: shortest {shortest:,.0f}, median {median:,.0f}, "
+        f"longest {longest:,.0f}, mean {lengths.mean():,.1f}"
     )
-    told = ", ".join(f"{name} {value:,.0f}" for name, value in at.items())
-    yield f"tokens per document: {told}, mean {lengths.mean():,.1f}"
-    sizes = (base * 10**power for power in range(10) for base in (1, 2, 5))
-    size = next(size for size in sizes if size * BINS >= lengths.max())
-    counts = np.bincount((lengths - 1) // size)
-    shares = np.cumsum(counts) / len(lengths)
-    first = int((counts > 0).argmax())
+
+    # Ranges of a round size, 1, 2, 5, 10, 20, ..., the smallest that needs few enough lines.
+    round_sizes = (digit * 10**power for power in range(10) for digit in (1, 2, 5))
+    size = next(size for size in round_sizes if size * MOST_LINES >= longest)
+    counts = np.bincount((lengths - 1) // size)  # range 0 is from 1 to `size`
+    so_far = np.cumsum(counts) / len(lengths)
+    most = int(counts.max())
+
+    # Ranges shorter than all documents are left out.
     yield f"{'from':>9}{'to':>9}{'documents':>11}{'so far':>8}"
-    for index, count in enumerate(counts[first:].tolist(), first):
-        bar = "#" * -(-WIDTH * count // int(counts.max()))
-        edges = f"{index * size + 1:>9,}{(index + 1) * size:>9,}"
-        yield f"{edges}{count:>11,}{shares[index]:>8.0%}  {bar}"
+    for index in range(int((counts > 0).argmax()), len(counts)):
+        count = int(counts[index])
+        bar = "#" * math.ceil(LONGEST_BAR * count / most)
+        ends = f"{index * size + 1:>9,}{(index + 1) * size:>9,}"
+        yield f"{ends}{count:>11,}{so_far[index]:>8.0%}  {bar}"
 
 
 def steps(
@@ -93,42 +105,64 @@ def steps(
 ) -> Iterator[str]:
     """Lines: optimizer steps with and without packing, how full tiles are, what padding would cost.
 
-    All of the first epoch, in its order; the tiles are those of rank 0.
+    All of the first epoch, in its order.
     """
-    train, cutoff = settings.train, settings.data.cutoff_len
-    batch = train.per_device_train_batch_size
     asked = Schedule.of(documents.lengths, settings, ranks, break_even_length)
-    rows = asked.rows_per_step
-    total, room = len(documents.tokens), rows * cutoff
-    names = ("steps/epoch", "all steps", "documents/step", "tokens/step")
-    gpus = f"on {ranks} GPU{'s' * (ranks > 1)}, * asked"
-    yield f"{gpus:<20}" + "".join(f"{name:>15}" for name in names)
-    for packing in (False, True):
-        plan = replace(asked, packing=packing)
-        count = plan.steps_per_epoch(0)
-        full = f"   {total / count / room:.0%} of {rows:,} x {cutoff:,}" * packing
-        yield (
-            f"{'*' if packing == settings.packs else ' '} {f'packing: {packing}'.lower():<18}"
-            f"{count:>15,}{plan.total_steps:>15,}{len(documents) / count:>15,.1f}"
-            f"{total / count:>15,.0f}{full}"
-        )
+    yield from _step_counts(documents, settings, asked, ranks)
     order = [asked.rows(step) for step in range(asked.steps_per_epoch(0))]
+    yield _tile_use(documents, settings, asked, order, ranks)
+    yield _padding_cost(
+        documents.lengths[np.concatenate(order)], settings.train.per_device_train_batch_size
+    )
+
+
+def _step_counts(
+    documents: Documents, settings: Settings, asked: Schedule, ranks: int
+) -> Iterator[str]:
+    """Lines of a table: steps and what they hold, without packing and with it."""
+    cutoff, rows = settings.data.cutoff_len, asked.rows_per_step
+    tokens = len(documents.tokens)
+    gpus = "1 GPU" if ranks == 1 else f"{ranks} GPUs"
+    names = ("steps/epoch", "all steps", "documents/step", "tokens/step")
+    yield f"{f'on {gpus} (* is set)':<20}" + "".join(f"{name:>15}" for name in names)
+    for packing in (False, True):
+        schedule = replace(asked, packing=packing)
+        count = schedule.steps_per_epoch(0)
+        line = "*" if packing == settings.packs else " "
+        line += f" packing: {str(packing).lower():<9}{count:>15,}{schedule.total_steps:>15,}"
+        line += f"{len(documents) / count:>15,.1f}{tokens / count:>15,.0f}"
+        if packing:  # a packed step has room for so many tokens
+            line += f"   {tokens / count / (rows * cutoff):.0%} of {rows:,} x {cutoff:,} tokens"
+        yield line
+
+
+def _tile_use(
+    documents: Documents, settings: Settings, asked: Schedule, order: list[Int64s], ranks: int
+) -> str:
+    """A line: how full the tiles of rank 0 are. order: document ids of each step."""
+    train = settings.train
     limits = TileLimits(train.tile_tokens, train.gather_tokens)
-    tiles = [
-        sum(tile)
-        for step, chosen in enumerate(order)
-        for span in build_step(documents, chosen, step, asked, Place(0, ranks), limits).spans
-        for tile in span.tiles
-    ]
+    tiles = []
+    for number, rows in enumerate(order):
+        step = build_step(documents, rows, number, asked, Place(0, ranks), limits)
+        tiles += [sum(tile) for span in step.spans for tile in span.tiles]
+    # A document longer than tile_tokens is a full tile, not more than one.
     used = sum(tiles) / sum(max(tile, train.tile_tokens) for tile in tiles)
-    yield (
+    return (
         f"a tile has {np.mean(tiles):,.0f} tokens on average: {used:.0%} of tile_tokens, "
         f"{train.tile_tokens:,}"
     )
-    lengths = documents.lengths[np.concatenate(order)]
+
+
+def _padding_cost(lengths: Int64s, batch: int) -> str:
+    """A line: what a trainer adds that pads batches to their longest document.
+
+    lengths: (n,) int64, tokens of each document, in the order of the epoch.
+    """
+    total = int(lengths.sum())
     batches = np.split(lengths, range(batch, len(lengths), batch))
     padded = sum(len(one) * int(one.max()) for one in batches)
-    yield (
+    return (
         f"nothing is padded here; batches of {batch} padded to their longest would cost "
         f"{padded - total:,} tokens more, {padded / total - 1:.0%}"
     )
@@ -139,7 +173,7 @@ def _plot(path: str, lengths: Int64s, cutoff: int) -> None:
     figure = new_figure(8, 4.5)
     axes = figure.subplots()
     axes.hist(lengths, bins=50, color="#4c78a8")
-    if lengths.max() > cutoff / 2:  # else it lies far away from all of them
+    if lengths.max() > cutoff / 2:  # else the line would lie far away from all documents
         axes.axvline(cutoff, color="black", linewidth=1, label=f"cutoff_len {cutoff:,}")
         axes.legend(frameon=False)
     label(axes, "tokens per document", "documents")

@@ -1,5 +1,7 @@
 """Conversations as text: the checkpoint's own chat template, and LLaMA-Factory's llama3."""
 
+from __future__ import annotations
+
 import datetime
 import json
 import signal
@@ -19,26 +21,39 @@ from minilora.settings.errors import RequestError
 # The default date of Llama 3.1's template; later ones ask for today's, and then the same data would
 # be other tokens tomorrow.
 TODAY = datetime.datetime(2024, 7, 26)
-# A template may add this much to a conversation, and at most this factor: JSON escapes are 6 long.
-MOST_ADDED = 1_000_000
-MOST_FACTOR = 8
-OTHER = "use template: llama3, or another template"
+
+# A template is a program that came with the checkpoint, so its time and its output have limits.
 MOST_SECONDS = 3  # of processor time for one conversation; what is usual takes a thousandth
+MOST_ADDED = 1_000_000  # characters that a template may add to a conversation
+MOST_FACTOR = 8  # it may make a text this much longer: a JSON escape of one character has six
+MOST_BITS = 1000  # of a number that a template multiplies
+
+REMEDY = "use template: llama3, or another template"
 
 
 @dataclass(frozen=True)
 class Llama3:
-    """LLaMA-Factory's `llama3` (data/template.py): texts as they are, and no date."""
+    """LLaMA-Factory's `llama3` (data/template.py): texts as they are, and no date.
+
+    bos: the text of the token that starts a document. joined: see `tokenizer.encode`; as
+    LLaMA-Factory does it, every part is encoded alone.
+    """
 
     bos: str
-    joined = False  # every part is encoded alone
+    joined = False
 
     def parts(self, turns: Sequence[Turn]) -> list[str]:
-        """The text, cut into source, answer, source, answer, ...; a last source is a prompt."""
-        parts, source = [], self.bos
+        """The text of a conversation, in parts: source, answer, source, answer, ...
+
+        A source is all that stands before an answer. Where no answer follows the last source, it
+        is a prompt, and the last part.
+        """
+        parts: list[str] = []
+        source = self.bos
         for turn in turns:
             if turn.role == "system":
-                source += self._message("system", turn.text) if turn.text else ""
+                if turn.text:
+                    source += self._message("system", turn.text)
             elif turn.role in ANSWERS:
                 text = turn.text if turn.role == "assistant" else self._call(turn.text)
                 parts += [source, f"{text}<|eot_id|>"]
@@ -54,43 +69,119 @@ class Llama3:
 
     @staticmethod
     def _call(text: str) -> str:
+        """Calls of tools as Llama 3.1 writes them: one as an object, several as a list."""
         calls = [
             {"name": call["name"], "parameters": call["arguments"]} for call in json.loads(text)
         ]
         return json.dumps(calls[0] if len(calls) == 1 else calls, ensure_ascii=False)
 
 
+@dataclass(frozen=True)
+class OwnTemplate:
+    """The checkpoint's chat template, rendered as transformers' apply_chat_template does.
+
+    text: jinja2 source. named: special tokens by name, for the template. joined: see
+    `tokenizer.encode`; as transformers does it, the text is encoded as a whole. Raises RequestError
+    if `text` is not a template.
+    """
+
+    text: str
+    named: Mapping[str, str]
+    joined = True
+
+    def __post_init__(self) -> None:
+        try:
+            with _bounded():
+                _ = self._template  # compiled here, so that a broken template is told at once
+        except jinja2.TemplateSyntaxError as error:
+            raise RequestError([f"chat template, line {error.lineno}: {error.message}"]) from None
+        except (SyntaxError, RecursionError) as error:
+            raise RequestError([f"chat template: {error}; {REMEDY}"]) from None
+
+    @cached_property
+    def _template(self) -> jinja2.Template:
+        extensions = [_Generation, jinja2.ext.loopcontrols]
+        environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
+        # As transformers' filter: jinja2's own would escape <, > and & for HTML.
+        environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
+        environment.globals["raise_exception"] = _raise_exception
+        environment.globals["strftime_now"] = TODAY.strftime
+        return environment.from_string(self.text)
+
+    def parts(self, turns: Sequence[Turn]) -> list[str]:
+        """The text of a conversation, in parts as of `Llama3.parts`.
+
+        Raises BadRow for turns that the template refuses, RequestError for a template that writes
+        earlier turns otherwise once later ones come.
+        """
+        # A template does not say where an answer starts and ends. It is found by rendering what
+        # comes before the answer, as a prompt, and then the same with the answer.
+        messages = [_message(turn) for turn in turns]
+        parts: list[str] = []
+        done = ""
+        for index, turn in enumerate(turns):
+            if turn.role not in ANSWERS:
+                continue
+            before = self._render(messages[:index], add_generation_prompt=True)
+            parts.append(_rest(before, done))
+            done = self._render(messages[: index + 1], add_generation_prompt=False)
+            parts.append(_rest(done, before))
+
+        if turns[-1].role not in ANSWERS:
+            prompt = self._render(messages, add_generation_prompt=True)
+            parts.append(_rest(prompt, done))
+        return parts
+
+    def _render(self, messages: list[dict[str, Any]], add_generation_prompt: bool) -> str:
+        """The text of these messages. Raises BadRow, or RequestError past one of the limits."""
+        limit = MOST_ADDED + MOST_FACTOR * len(str(messages))
+        pieces: list[str] = []
+        length = 0
+        try:
+            with _bounded():
+                # Piece by piece, so that a template that writes without end is stopped.
+                for piece in self._template.generate(
+                    messages=messages,
+                    tools=None,
+                    documents=None,
+                    add_generation_prompt=add_generation_prompt,
+                    **self.named,
+                ):
+                    pieces.append(piece)
+                    length += len(piece)
+                    if length > limit:
+                        raise RequestError(
+                            [f"chat template: writes more than {limit} characters; {REMEDY}"]
+                        )
+        except RequestError:
+            raise
+        except Exception as error:  # a template's code can raise anything
+            raise BadRow(f"the chat template refuses it: {error}") from None
+        return "".join(pieces)
+
+
 class _Sandbox(ImmutableSandboxedEnvironment):
-    """No code but the template's, and no operation that is one endless call by itself."""
+    """Runs no code but the template's, and no operation that is one endless call by itself.
+
+    Such a call could not be stopped: Python handles a signal only between two of its operations.
+    """
 
     intercepted_binops = frozenset(["*", "**"])
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        """Multiply what stays small; no chat template needs powers."""
-        pairs = (left, right), (right, left)
-        lengths = [len(x) * y for x, y in pairs if hasattr(x, "__len__") and isinstance(y, int)]
-        bits = [x.bit_length() for x in (left, right) if isinstance(x, int)]
-        if operator == "**" or max(lengths, default=0) > MOST_ADDED or max(bits, default=0) > 1000:
+        """Multiply what stays small. Powers are refused: no chat template needs them."""
+        if operator == "**" or not (_stays_small(left, right) and _stays_small(right, left)):
             raise jinja2.exceptions.SecurityError(f"{operator} of such values is not allowed")
         return super().call_binop(context, operator, left, right)
 
 
-@contextmanager
-def _bounded() -> Iterator[None]:
-    """Raises RequestError if a template takes too long, or more memory than there is."""
-
-    def stop(*_: object) -> NoReturn:
-        raise RequestError([f"chat template: still busy after {MOST_SECONDS} s; {OTHER}"])
-
-    before = signal.signal(signal.SIGVTALRM, stop)
-    signal.setitimer(signal.ITIMER_VIRTUAL, MOST_SECONDS)
-    try:
-        yield
-    except MemoryError:
-        raise RequestError([f"chat template: needs more memory than there is; {OTHER}"]) from None
-    finally:
-        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-        signal.signal(signal.SIGVTALRM, before)
+def _stays_small(value: Any, factor: Any) -> bool:
+    """Whether a number is small, or a text or list still is after so many repetitions."""
+    if isinstance(value, int):
+        return value.bit_length() <= MOST_BITS
+    if hasattr(value, "__len__") and isinstance(factor, int):
+        return len(value) * factor <= MOST_ADDED
+    return True
 
 
 class _Generation(jinja2.ext.Extension):
@@ -104,94 +195,39 @@ class _Generation(jinja2.ext.Extension):
         return jinja2.nodes.Scope(body, lineno=line)
 
 
-@dataclass(frozen=True)
-class OwnTemplate:
-    """The checkpoint's chat template, rendered as transformers' apply_chat_template does.
+@contextmanager
+def _bounded() -> Iterator[None]:
+    """Raises RequestError if a template takes too long, or more memory than there is."""
 
-    text: jinja2 source. named: special tokens by name, for the template. Raises RequestError if
-    `text` is not a template.
-    """
+    def stop(*_: object) -> NoReturn:
+        raise RequestError([f"chat template: still busy after {MOST_SECONDS} s; {REMEDY}"])
 
-    text: str
-    named: Mapping[str, str]
-    joined = True  # the text is encoded as a whole
-
-    def __post_init__(self) -> None:
-        try:
-            with _bounded():
-                _ = self._template
-        except jinja2.TemplateSyntaxError as error:
-            raise RequestError([f"chat template, line {error.lineno}: {error.message}"]) from None
-        except (SyntaxError, RecursionError) as error:
-            raise RequestError([f"chat template: {error}; {OTHER}"]) from None
-
-    @cached_property
-    def _template(self) -> jinja2.Template:
-        extensions = [_Generation, jinja2.ext.loopcontrols]
-        environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
-        # As transformers' filter: jinja2's own would escape <, > and & for HTML.
-        environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
-        environment.globals["raise_exception"] = _raise_exception
-        environment.globals["strftime_now"] = TODAY.strftime
-        return environment.from_string(self.text)
-
-    def parts(self, turns: Sequence[Turn]) -> list[str]:
-        """See `Llama3.parts`. Answers are found by rendering with and without each of them.
-
-        Raises BadRow for turns that the template refuses, RequestError for a template that shows
-        earlier turns otherwise once later ones come.
-        """
-        messages = [_message(turn) for turn in turns]
-        parts, done = [], ""
-        for index, turn in enumerate(turns):
-            if turn.role in ANSWERS:
-                for text in (
-                    self._render(messages[:index], add_generation_prompt=True),
-                    self._render(messages[: index + 1], add_generation_prompt=False),
-                ):
-                    parts.append(_after(done, text))
-                    done = text
-        if turns[-1].role not in ANSWERS:
-            parts.append(_after(done, self._render(messages, add_generation_prompt=True)))
-        return parts
-
-    def _render(self, messages: list[dict[str, Any]], add_generation_prompt: bool) -> str:
-        limit = MOST_ADDED + MOST_FACTOR * len(str(messages))
-        pieces, length = [], 0
-        try:
-            with _bounded():
-                for piece in self._template.generate(
-                    messages=messages,
-                    tools=None,
-                    documents=None,
-                    add_generation_prompt=add_generation_prompt,
-                    **self.named,
-                ):
-                    pieces.append(piece)
-                    length += len(piece)
-                    if length > limit:
-                        raise RequestError([f"chat template: writes over {limit} characters"])
-        except RequestError:
-            raise
-        except Exception as error:  # a template's code can raise anything
-            raise BadRow(f"the chat template refuses it: {error}") from None
-        return "".join(pieces)
+    before = signal.signal(signal.SIGVTALRM, stop)
+    signal.setitimer(signal.ITIMER_VIRTUAL, MOST_SECONDS)
+    try:
+        yield
+    except MemoryError:
+        raise RequestError([f"chat template: needs more memory than there is; {REMEDY}"]) from None
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
 
 
 def _message(turn: Turn) -> dict[str, Any]:
+    """A turn in the form that chat templates expect."""
     if turn.role == "call":
         calls = [{"type": "function", "function": call} for call in json.loads(turn.text)]
         return {"role": "assistant", "tool_calls": calls}
     return {"role": turn.role, "content": turn.text}
 
 
-def _after(start: str, text: str) -> str:
-    """The rest of a text that begins with `start`."""
+def _rest(text: str, start: str) -> str:
+    """The rest of a text that begins with `start`. Raises RequestError if it does not."""
     if not text.startswith(start):
         raise RequestError(
             [
-                "chat template: it shows a turn differently once more turns follow, so what is"
-                f" trained is not what will be served; {OTHER}"
+                "chat template: it writes a turn differently once more turns follow, so the model "
+                f"would be trained on other text than it is asked with; {REMEDY}"
             ]
         )
     return text[len(start) :]

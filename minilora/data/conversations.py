@@ -3,22 +3,31 @@
 The meaning of every column follows LLaMA-Factory (data/converter.py).
 """
 
+from __future__ import annotations
+
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+# The role of `Turn` behind each of LLaMA-Factory's tags, in the order in which messages list them.
+ROLES = {
+    "user_tag": "user",
+    "assistant_tag": "assistant",
+    "observation_tag": "tool",
+    "function_tag": "call",
+    "system_tag": "system",
+}
+QUESTIONS = ("user", "tool")
 ANSWERS = ("assistant", "call")
-# LLaMA-Factory's names for the roles, in the order in which messages list them.
-ROLES = {"user_tag": "user", "assistant_tag": "assistant", "observation_tag": "tool",
-         "function_tag": "call", "system_tag": "system"}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Turn:
-    """One message. role: system, user, assistant, tool (result), call (of tools), text (stage pt).
+    """One message.
 
-    The text of a call is a JSON list of {"name": ..., "arguments": {...}}.
+    role: system, user, assistant, tool (the result of a call), call (of tools, by the assistant),
+    or text for stage pt. The text of a call is a JSON list of {"name": ..., "arguments": {...}}.
     """
 
     role: str
@@ -27,7 +36,10 @@ class Turn:
 
 @dataclass(frozen=True)
 class Conversation:
-    """Perhaps a system turn, then questions and answers in turn. source: file and line or row."""
+    """Perhaps a system turn, then questions and answers in turn.
+
+    source: the file and the line or row it comes from.
+    """
 
     turns: tuple[Turn, ...]
     source: str
@@ -42,8 +54,8 @@ def to_turns(
 ) -> tuple[Turn, ...]:
     """The turns of a row.
 
-    formatting: alpaca, sharegpt, openai or text. columns, tags: the file's names by LLaMA-Factory's
-    keys. Raises BadRow.
+    formatting: alpaca, sharegpt, openai or text. columns, tags: what the file calls them, by
+    LLaMA-Factory's keys. Raises BadRow.
     """
     if formatting == "text":
         text = _text(_field(row, columns["prompt"]))
@@ -51,73 +63,97 @@ def to_turns(
             raise BadRow("empty text")
         return (Turn("text", text),)
     if formatting == "alpaca":
-        return _checked(_alpaca(row, columns))
-    return _checked(_messages(row, columns, tags))
+        return _checked(_from_alpaca(row, columns))
+    return _checked(_from_messages(row, columns, tags))
 
 
-def _alpaca(row: Any, columns: Mapping[str, str]) -> list[Turn]:
-    """instruction and input joined by a newline; earlier rounds of `history` before them."""
+def _from_alpaca(row: Any, columns: Mapping[str, str]) -> list[Turn]:
+    """A question of instruction and input, joined by a newline, and the answer.
+
+    Earlier rounds in `history` come before them.
+    """
     answer = _text(_field(row, columns["response"]))
+    rounds = _history(row, columns)
+    parts = [row.get(columns["prompt"]), row.get(columns.get("query", ""))]
+    question = "\n".join(_text(part) for part in parts if part)
+
+    turns = _system_turn(row, columns)
+    for earlier, reply in [*rounds, [question, answer]]:
+        turns += [Turn("user", _text(earlier)), Turn("assistant", _text(reply))]
+    return turns
+
+
+def _history(row: Mapping[str, Any], columns: Mapping[str, str]) -> list[Any]:
+    """The pairs [question, answer] of earlier rounds."""
     history = row.get(columns.get("history", "")) or []
     if not isinstance(history, list) or not all(
         isinstance(pair, list) and len(pair) == 2 for pair in history
     ):
         raise BadRow("history is not a list of [question, answer]")
-    parts = [row.get(columns["prompt"]), row.get(columns.get("query", ""))]
-    question = "\n".join(_text(part) for part in parts if part)
-    turns = _system(row, columns)
-    for earlier, reply in [*history, [question, answer]]:
-        turns += [Turn("user", _text(earlier)), Turn("assistant", _text(reply))]
-    return turns
+    return history
 
 
-def _messages(row: Any, columns: Mapping[str, str], tags: Mapping[str, str]) -> list[Turn]:
-    """A list of messages; its own system message goes before that of the system column."""
+def _from_messages(row: Any, columns: Mapping[str, str], tags: Mapping[str, str]) -> list[Turn]:
+    """A list of messages; a system message among them takes the place of the system column."""
     messages = _field(row, columns["messages"])
     if not isinstance(messages, list) or not all(isinstance(item, dict) for item in messages):
         raise BadRow("messages are not a list of objects")
     turns = [_message(message, tags) for message in messages]
-    return turns if turns and turns[0].role == "system" else [*_system(row, columns), *turns]
+    if turns and turns[0].role == "system":
+        return turns
+    return [*_system_turn(row, columns), *turns]
 
 
 def _message(message: Mapping[str, Any], tags: Mapping[str, str]) -> Turn:
+    """One message, whatever the file calls its role and its content."""
     roles = {tags[tag]: role for tag, role in ROLES.items()}
     name = message.get(tags["role_tag"])
     if not isinstance(name, str) or name not in roles:
         raise BadRow(f"role {name!r} is none of {', '.join(roles)}")
+
+    # OpenAI's files have calls in a field of their own, LLaMA-Factory's as the text of a role.
     if message.get("tool_calls"):
         return Turn("call", _calls(message["tool_calls"]))
     text = _text(_field(message, tags["content_tag"]))
     if roles[name] != "call":
         return Turn(roles[name], text)
-    try:
-        return Turn("call", _calls(json.loads(text)))
-    except json.JSONDecodeError:
-        raise BadRow("a tool call is not JSON") from None
+    return Turn("call", _calls(_parsed(text, "a tool call is not JSON")))
 
 
 def _calls(calls: Any) -> str:
     """Tool calls in the one form of `Turn`, from OpenAI's form and from that of LLaMA-Factory."""
+    problem = "a tool call needs a name and an object of arguments"
     result = []
     for call in calls if isinstance(calls, list) else [calls]:
-        inner = call.get("function", call) if isinstance(call, dict) else {}
+        # OpenAI wraps {"name": ..., "arguments": ...} once more, and writes arguments as a string.
+        inner = call.get("function", call) if isinstance(call, dict) else None
+        if not isinstance(inner, dict):
+            inner = {}
         name, arguments = inner.get("name"), inner.get("arguments")
-        try:
-            arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
-        except json.JSONDecodeError:
-            arguments = None
+        if isinstance(arguments, str):
+            arguments = _parsed(arguments, problem)
         if not isinstance(name, str) or not isinstance(arguments, dict):
-            raise BadRow("a tool call needs a name and an object of arguments")
+            raise BadRow(problem)
         result.append({"name": name, "arguments": arguments})
     return _text(json.dumps(result, ensure_ascii=False))
 
 
-def _system(row: Mapping[str, Any], columns: Mapping[str, str]) -> list[Turn]:
+def _parsed(text: str, problem: str) -> Any:
+    """The value of a JSON text inside a row. Raises BadRow with this problem."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):  # also of thousands of digits, or of nested brackets
+        raise BadRow(problem) from None
+
+
+def _system_turn(row: Mapping[str, Any], columns: Mapping[str, str]) -> list[Turn]:
+    """What the system column says, as a list of one turn, or of none."""
     text = row.get(columns.get("system", ""))
     return [Turn("system", _text(text))] if text else []
 
 
 def _field(row: Any, name: str) -> Any:
+    """The value of a column that a row must have."""
     if not isinstance(row, dict):
         raise BadRow("not an object with columns")
     if row.get(name) is None:
@@ -140,8 +176,9 @@ def _checked(turns: list[Turn]) -> tuple[Turn, ...]:
     """The turns, if after a system turn questions and answers alternate and an answer is last."""
     rest = turns[1:] if turns and turns[0].role == "system" else turns
     for index, turn in enumerate(rest):
-        if turn.role not in (ANSWERS if index % 2 else ("user", "tool")):
+        expected = QUESTIONS if index % 2 == 0 else ANSWERS
+        if turn.role not in expected:
             raise BadRow("questions and answers do not alternate")
-    if not rest or len(rest) % 2:
+    if not rest or len(rest) % 2 != 0:
         raise BadRow("no answer at the end")
     return tuple(turns)

@@ -1,5 +1,7 @@
 """The conversations of all datasets, and a tally of the rows that could not be used."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -24,17 +26,17 @@ from minilora.data.sources import (
 from minilora.settings.errors import RequestError
 from minilora.settings.settings import DataSettings
 
-# So few bad rows are reported and left out; more than this and more than 1 % stop the run.
+# Bad rows are reported and left out. A run stops if they are more than five, and more than 1 %.
 TOLERATED_ROWS = 5
 TOLERATED_SHARE = 0.01
-PLACES_SHOWN = 3
+PLACES_SHOWN = 3  # of the rows that were left out for one reason
 
 
 @dataclass(frozen=True)
 class Tally:
     """How many rows are used, and for each reason to drop rows, the places of those rows.
 
-    cut: of the rows that are used but too long, how many tokens each lost.
+    cut: of the rows that are used but were too long, how many tokens each lost.
     """
 
     kept: int
@@ -42,7 +44,7 @@ class Tally:
     cut: tuple[int, ...] = ()
 
     @classmethod
-    def of(cls, kept: int, dropped: Iterable[tuple[str, str]], cut: Iterable[int] = ()) -> "Tally":
+    def of(cls, kept: int, dropped: Iterable[tuple[str, str]], cut: Iterable[int] = ()) -> Tally:
         """Sort (reason, place) pairs by reason.
 
         Raises RequestError if no row is left, or more than 1 % (and more than five) are dropped.
@@ -51,32 +53,37 @@ class Tally:
         for reason, place in dropped:
             places.setdefault(reason, []).append(place)
         tally = cls(kept, {reason: tuple(found) for reason, found in places.items()}, tuple(cut))
-        bad = sum(map(len, places.values()))
+
+        bad = tally.number_dropped
         if kept == 0:
             raise RequestError([f"no usable rows: {tally.summary()}"])
         if bad > max(TOLERATED_ROWS, TOLERATED_SHARE * (kept + bad)):
             raise RequestError([f"too many unusable rows (over 1 %): {tally.summary()}"])
         return tally
 
-    def then(self, later: "Tally") -> "Tally":
+    def then(self, later: Tally) -> Tally:
         """This tally and that of a later stage, which got the rows kept here."""
         places = dict(self.dropped)
         for reason, more in later.dropped.items():
             places[reason] = places.get(reason, ()) + more
         return Tally(later.kept, places, later.cut)
 
+    @property
+    def number_dropped(self) -> int:
+        """How many rows were dropped for all reasons together."""
+        return sum(len(places) for places in self.dropped.values())
+
     def summary(self) -> str:
         """One line: rows used, rows dropped, and why, with the first places; rows cut."""
-        count = sum(map(len, self.dropped.values()))
-        return (
-            f"{self.kept} rows used, {count} dropped"
-            + "".join(
-                f"; {len(places)}: {reason} ({', '.join(places[:PLACES_SHOWN])}"
-                f"{', ...' if len(places) > PLACES_SHOWN else ''})"
-                for reason, places in self.dropped.items()
-            )
-            + f"; {len(self.cut)} cut, by {sum(self.cut):,} tokens in all" * bool(self.cut)
-        )
+        parts = [f"{self.kept} rows used, {self.number_dropped} dropped"]
+        for reason, places in self.dropped.items():
+            shown = list(places[:PLACES_SHOWN])
+            if len(places) > PLACES_SHOWN:
+                shown.append("...")
+            parts.append(f"{len(places)}: {reason} ({', '.join(shown)})")
+        if self.cut:
+            parts.append(f"{len(self.cut)} cut, by {sum(self.cut):,} tokens in all")
+        return "; ".join(parts)
 
 
 def read_conversations(
@@ -101,13 +108,19 @@ def read_conversations(
                 conversations.append(Conversation(convert(row.value), row.place))
             except BadRow as error:
                 dropped.append((str(error), row.place))
+
+    # A broken file is told before the bad rows of other files, which may be its consequence.
     if problems:
         raise RequestError(problems)
     return conversations, Tally.of(len(conversations), dropped)
 
 
 def _select(rows: list[Row], num_samples: int | None, max_samples: int | None) -> list[Row]:
-    """num_samples rows in a fixed random order, repeated if there are fewer; of those the first."""
+    """The rows of a dataset that are used.
+
+    num_samples: so many in a fixed random order, repeated if the file has fewer; None for all, as
+    they are. max_samples: of those the first.
+    """
     if num_samples is not None and rows:
         rows = [rows[index] for index in np.resize(permutation(len(rows), 0), num_samples)]
     return rows[:max_samples]
@@ -119,6 +132,9 @@ def _converter(source: Source, rows: list[Row], stage: str) -> Callable[[Any], t
         raise RequestError([f"{source.path}: has no rows"])
     found = set(chain.from_iterable(row.value for row in rows if isinstance(row.value, dict)))
     formatting = _formatting(source, found, stage)
+
+    # An entry of dataset_info.json says which columns to read, and may leave out the tools. Of a
+    # file without an entry everything is meant to be read, and tools cannot be.
     if formatting != "text" and source.formatting is None and _any_tools(rows):
         raise RequestError(
             [
@@ -126,9 +142,13 @@ def _converter(source: Source, rows: list[Row], stage: str) -> Callable[[Any], t
                 " into the system message, or remove the column"
             ]
         )
-    tags = (OPENAI_TAGS if formatting == "openai" else SHAREGPT_TAGS) | dict(source.tags)
+
+    tags = OPENAI_TAGS if formatting == "openai" else SHAREGPT_TAGS
     return partial(
-        to_turns, formatting=formatting, columns=_columns(source, formatting, found), tags=tags
+        to_turns,
+        formatting=formatting,
+        columns=_columns(source, formatting, found),
+        tags={**tags, **source.tags},
     )
 
 
@@ -149,13 +169,14 @@ def _formatting(source: Source, found: set[str], stage: str) -> str:
     for formatting, required in REQUIRED_COLUMNS.items():
         if formatting != "text" and found.issuperset(required.values()):
             return formatting
-    hint = "; text alone is for stage: pt" if "text" in found else ""
-    raise RequestError(
-        [
-            f"{source.path}: has the columns {_listed(found)}; expected messages, or conversations,"
-            f" or instruction and output, or an entry in dataset_info.json{hint}"
-        ]
+
+    problem = (
+        f"{source.path}: has the columns {_listed(found)}; expected messages, or conversations,"
+        " or instruction and output, or an entry in dataset_info.json"
     )
+    if "text" in found:
+        problem += "; text alone is for stage: pt"
+    raise RequestError([problem])
 
 
 def _columns(source: Source, formatting: str, found: set[str]) -> dict[str, str]:
@@ -164,10 +185,11 @@ def _columns(source: Source, formatting: str, found: set[str]) -> dict[str, str]
     As in LLaMA-Factory an entry of dataset_info.json reads only the optional columns it names, or
     `input` if it names no columns at all; a bare file is read for all of them.
     """
-    wanted = source.columns
+    named = dict(source.columns)
     if formatting == "text":
-        wanted = {key: name for key, name in wanted.items() if key == "prompt"}
-    columns = {**REQUIRED_COLUMNS[formatting], **wanted}
+        named = {key: name for key, name in named.items() if key == "prompt"}
+    columns = {**REQUIRED_COLUMNS[formatting], **named}
+
     missing = {name for name in columns.values() if name not in found}
     if missing:
         raise RequestError(
@@ -176,11 +198,13 @@ def _columns(source: Source, formatting: str, found: set[str]) -> dict[str, str]
                 " columns in dataset_info.json what they are called"
             ]
         )
+
     if not source.columns:
-        optional = {"query": "input"} if source.formatting else OPTIONAL_COLUMNS
+        optional = OPTIONAL_COLUMNS if source.formatting is None else {"query": "input"}
         columns |= {key: name for key, name in optional.items() if name in found}
     return columns
 
 
 def _listed(names: set[str]) -> str:
+    """Names in their alphabetical order, for a message."""
     return ", ".join(sorted(names)) or "none"

@@ -13,16 +13,14 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-PARTS = ("tokens", "trained", "offsets")  # of Documents, and their files
-
-
 Int32s = NDArray[np.int32]
-
-
 Int64s = NDArray[np.int64]
-
-
 Bools = NDArray[np.bool_]
+Encoded = tuple[
+    Int32s, Bools
+]  # of one document: its tokens, and whether each is trained, both (N,)
+
+ARRAYS = ("tokens", "trained", "offsets")  # the fields of Documents, each saved as one file
 
 
 @dataclass(frozen=True)
@@ -30,7 +28,7 @@ class Documents:
     """All tokenised documents, end to end.
 
     tokens: (T,) int32. trained: (T,) bool, whether the token is a target of the loss.
-    offsets: (n+1,) int64, where each document starts, and T.
+    offsets: (n+1,) int64, where each document starts, and at the end T.
     """
 
     tokens: Int32s
@@ -38,18 +36,20 @@ class Documents:
     offsets: Int64s
 
     @classmethod
-    def of(cls, encoded: Sequence[tuple[Int32s, Bools]]) -> Documents:
-        """Lay (token_ids, trained) pairs end to end."""
+    def of(cls, encoded: Sequence[Encoded]) -> Documents:
+        """Lay documents end to end."""
         offsets = np.zeros(len(encoded) + 1, dtype=np.int64)
-        np.cumsum([len(ids) for ids, _ in encoded], out=offsets[1:])
-        tokens = np.concatenate([np.empty(0, np.int32), *(ids for ids, _ in encoded)])
-        trained = np.concatenate([np.empty(0, np.bool_), *(mask for _, mask in encoded)])
+        np.cumsum([len(tokens) for tokens, _ in encoded], out=offsets[1:])
+
+        # The empty array in front is there because numpy cannot concatenate an empty list.
+        tokens = np.concatenate([np.empty(0, np.int32), *(tokens for tokens, _ in encoded)])
+        trained = np.concatenate([np.empty(0, np.bool_), *(trained for _, trained in encoded)])
         return cls(tokens.astype(np.int32, copy=False), trained, offsets)
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
-    def __getitem__(self, index: int) -> tuple[Int32s, Bools]:
+    def __getitem__(self, index: int) -> Encoded:
         """Tokens of one document and whether each is trained: (N,) int32, (N,) bool."""
         if not 0 <= index < len(self):
             raise IndexError(index)
@@ -63,24 +63,29 @@ class Documents:
 
     @property
     def labelled(self) -> Int64s:
-        """Targets per document: (n,) int64. The first token of a document is never a target."""
-        starts = self.offsets[:-1]  # no document is empty, or its sum would be another's
+        """Targets per document: (n,) int64.
+
+        The first token of a document is not counted, for no token stands before it to predict it.
+        """
+        # reduceat sums from each start to the next one. That is the document's own sum only where
+        # the document is not empty, and none is: chat.py leaves out what has no target.
+        starts = self.offsets[:-1]
         return np.add.reduceat(self.trained, starts, dtype=np.int64) - self.trained[starts]
 
     def fingerprint(self) -> str:
         """A digest of every token, mask and boundary: a resumed run sees whether data changed."""
         digest = hashlib.sha256()
-        for name in PARTS:
+        for name in ARRAYS:
             digest.update(np.ascontiguousarray(getattr(self, name)).data)
         return digest.hexdigest()
 
     def save(self, folder: Path) -> None:
-        """Write tokens.npy, trained.npy and offsets.npy."""
+        """Write tokens.npy, trained.npy and offsets.npy into `folder`, which is made if needed."""
         folder.mkdir(parents=True, exist_ok=True)
-        for name in PARTS:
+        for name in ARRAYS:
             np.save(folder / f"{name}.npy", getattr(self, name), allow_pickle=False)
 
     @classmethod
     def load(cls, folder: Path) -> Documents:
         """Map what `save` wrote into memory; all processes of a machine share the pages."""
-        return cls(*(np.load(folder / f"{name}.npy", mmap_mode="r") for name in PARTS))
+        return cls(*(np.load(folder / f"{name}.npy", mmap_mode="r") for name in ARRAYS))

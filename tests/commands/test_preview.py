@@ -159,6 +159,7 @@ def test_tiles_are_those_of_a_rank_with_even_work(
     assert f"a tile has {long:,} tokens on average" in output
 
 
+@pytest.mark.slow
 def test_the_steps_are_those_of_the_training(
     given: dict[str, Any], capsys: pytest.CaptureFixture[str], launch: Any, tmp_path: Path
 ) -> None:
@@ -172,18 +173,7 @@ def test_the_steps_are_those_of_the_training(
     assert json.loads(last)["current_steps"] == int(steps)
 
 
-def test_a_share_is_held_out_rounded_up_and_the_seed_draws_it(given: dict[str, Any]) -> None:
-    """As sklearn and datasets count: 0.11 of 40 rows are 5."""
-    held = []
-    for size, seed in ((0.11, 1), (5, 1), (5, 2)):
-        asked = {**given, "val_size": size, "seed": seed, "eval_strategy": "epoch"}
-        settings = read_settings([f"--{key}={value}" for key, value in asked.items()], "preview")
-        prepared = prepared_of(settings)
-        assert (len(prepared.validation), len(prepared.documents)) == (5, 35)
-        held.append(prepared.validation.tokens.tolist())
-    assert held[0] == held[1] != held[2]
-
-
+@pytest.mark.slow
 def test_colour_for_terminals_and_no_traceback_for_head(given: dict[str, Any]) -> None:
     words = [f"--{key}={value}" for key, value in given.items()]
     command = [sys.executable, "-m", "minilora.preview", *words, "--samples", "40"]

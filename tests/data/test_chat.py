@@ -1,12 +1,14 @@
 """Tokens and masks against LLaMA-Factory's rules, restated slowly."""
 
+from __future__ import annotations
+
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from minilora.data.chat import CHUNK, encode_texts, fit, make_template, shares, show
+from minilora.data.chat import CHUNK, encode_texts, make_template, show, split_room, truncate
 from minilora.data.conversations import Conversation, Turn
 from minilora.data.tokenizer import Tokenizer, load_tokenizer
 from minilora.settings.errors import RequestError
@@ -73,7 +75,7 @@ def test_default_system_stands_in_only_where_there_is_none(
     assert [ids.tolist() for ids, _ in found] == [ids.tolist() for ids, _ in expected]
 
 
-def reference_shares(source_len: int, target_len: int, cutoff_len: int) -> tuple[int, int]:
+def reference_split_room(source_len: int, target_len: int, cutoff_len: int) -> tuple[int, int]:
     """LLaMA-Factory's infer_seqlen, restated."""
     if target_len * 2 < cutoff_len:
         max_target_len = cutoff_len
@@ -86,7 +88,7 @@ def reference_shares(source_len: int, target_len: int, cutoff_len: int) -> tuple
     return min(max_source_len, source_len), new_target_len
 
 
-def reference_fit(
+def reference_truncate(
     pairs: list[tuple[list[int], list[int]]], cutoff_len: int, prompt: bool, last: bool
 ) -> list[tuple[int, bool]]:
     """LLaMA-Factory's loop over turns, with (token, trained) in place of labels."""
@@ -95,7 +97,7 @@ def reference_fit(
     for index, (source, target) in enumerate(pairs[::-1] if last else pairs):
         if total >= cutoff_len:
             break
-        a, b = reference_shares(len(source), len(target), cutoff_len - total)
+        a, b = reference_split_room(len(source), len(target), cutoff_len - total)
         total += a + b
         turn = [(token, prompt) for token in source[:a]]
         turn += [(token, not (last and index != 0)) for token in target[:b]]
@@ -113,19 +115,21 @@ def test_truncation_is_llama_factorys(prompt: bool, last: bool) -> None:
         parts = [part.tolist() for part in np.split(tokens, ends[:-1])]
         pairs = list(zip(parts[::2], parts[1::2], strict=True))
         cutoff = int(rng.integers(2, 120))
-        ids, trained = fit(
+        ids, trained = truncate(
             tokens, ends, cutoff_len=cutoff, train_on_prompt=prompt, mask_history=last
         )
-        expected = reference_fit(pairs, cutoff, prompt, last)
+        expected = reference_truncate(pairs, cutoff, prompt, last)
         assert list(zip(ids.tolist(), trained.tolist(), strict=True)) == expected
         assert len(ids) <= cutoff
 
 
-def test_shares_of_all_small_lengths() -> None:
+def test_split_room_of_all_small_lengths() -> None:
     for source in range(12):
         for target in range(1, 12):
             for room in range(1, 25):
-                assert shares(source, target, room) == reference_shares(source, target, room)
+                assert split_room(source, target, room) == reference_split_room(
+                    source, target, room
+                )
 
 
 @pytest.mark.parametrize("name", [None, "llama3"])

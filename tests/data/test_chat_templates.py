@@ -1,5 +1,7 @@
 """Templates against transformers and LLaMA-Factory's strings."""
 
+from __future__ import annotations
+
 import json
 import signal
 from pathlib import Path
@@ -138,7 +140,7 @@ def test_bad_templates_are_refused(tmp_path: Path) -> None:
     endless = "{% for i in range(99999) %}{{ messages[0].content * 99 }}{% endfor %}"
     with pytest.raises(RequestError, match="differently once more turns follow"):
         template_of(tmp_path, forgetful).encode([talk("a", "b", "c", "d")], cutoff_len=99)
-    with pytest.raises(RequestError, match="writes over"):
+    with pytest.raises(RequestError, match="writes more than"):
         template_of(tmp_path, endless).encode([talk("word", "b")], cutoff_len=99)
     with pytest.raises(RequestError, match="chat template, line 2: "):
         template_of(tmp_path, "\n{% if %}")
@@ -176,6 +178,20 @@ def test_tokens_may_reach_over_the_start_of_an_answer(tmp_path: Path) -> None:
     (sample,), _ = template.encode([special], cutoff_len=999)
     shown = shown.replace("user: hello", "user: <|eot_id|> hello", 1)
     assert show(template.tokenizer, sample) == f"<|begin_of_text|>{shown}"
+
+
+def test_a_special_token_written_half_before_an_answer_belongs_to_what_is_before(
+    tmp_path: Path,
+) -> None:
+    text = (
+        "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}<|eot"
+        "{% else %}_id|>{{ m.content }}{% endif %}{% endfor %}"
+    )
+    template = template_of(tmp_path, text)
+    (sample,), _ = template.encode([talk("fox", "dog", "<|eot_id|>", "fox")], cutoff_len=99)
+    shown = "fox<|eot_id|>[[dog]]<|eot_id|><|eot_id|>[[fox]]"
+    assert show(template.tokenizer, sample) == shown
+    assert sample[0].tolist().count(template.tokenizer.specials["<|eot_id|>"]) == 2
 
 
 def test_llama3_tokens_never_reach_over_the_start_of_an_answer(tokenizer: Tokenizer) -> None:

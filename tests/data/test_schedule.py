@@ -1,5 +1,7 @@
 """The order of the documents and its cuts into steps, against slow restatements."""
 
+from __future__ import annotations
+
 import math
 
 import numpy as np

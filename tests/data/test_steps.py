@@ -1,6 +1,6 @@
 """The split of a step over ranks, spans and tiles, against slow restatements."""
 
-from pathlib import Path
+from __future__ import annotations
 
 import numpy as np
 import pytest
@@ -9,16 +9,7 @@ import torch
 from minilora.data.documents import Documents
 from minilora.data.schedule import Schedule
 from minilora.data.steps import Place, Step, TileLimits, build_step
-
-
-def some_documents(count: int, seed: int, longest: int = 50) -> Documents:
-    rng = np.random.default_rng(seed)
-    return Documents.of(
-        [
-            (rng.integers(0, 1000, n).astype(np.int32), rng.random(n) < 0.4)
-            for n in rng.integers(1, longest + 1, count)
-        ]
-    )
+from tests.support.prepared import some_documents
 
 
 def steps_of_all_ranks(
@@ -30,39 +21,6 @@ def steps_of_all_ranks(
         build_step(documents, ids, 3, schedule, Place(rank, world_size), limits)
         for rank in range(world_size)
     ]
-
-
-def test_documents_survive_a_round_trip_and_their_fingerprint_sees_every_change(
-    tmp_path: Path,
-) -> None:
-    documents = some_documents(9, seed=0)
-    documents.save(tmp_path / "cache")
-    again = Documents.load(tmp_path / "cache")
-    assert isinstance(again.tokens, np.memmap)
-    for name, dtype in (("tokens", np.int32), ("trained", np.bool_), ("offsets", np.int64)):
-        assert getattr(again, name).dtype == dtype
-        np.testing.assert_array_equal(getattr(again, name), getattr(documents, name))
-    assert sorted(path.name for path in (tmp_path / "cache").iterdir()) == [
-        "offsets.npy",
-        "tokens.npy",
-        "trained.npy",
-    ]
-    assert again.fingerprint() == documents.fingerprint()
-    for name in ("tokens", "trained", "offsets"):
-        fields = {key: getattr(documents, key).copy() for key in ("tokens", "trained", "offsets")}
-        fields[name][1] = 1 - fields[name][1]
-        assert Documents(**fields).fingerprint() != documents.fingerprint()
-
-
-def test_labelled_counts_targets_but_never_the_first_token() -> None:
-    documents = some_documents(40, seed=1)
-    expected = [
-        int(documents.trained[start + 1 : end].sum())
-        for start, end in zip(documents.offsets[:-1], documents.offsets[1:], strict=True)
-    ]
-    assert documents.trained[documents.offsets[:-1]].any()  # else the case is not tried
-    assert documents.labelled.tolist() == expected
-    assert documents.lengths.tolist() == np.diff(documents.offsets).tolist()
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7])

@@ -1,5 +1,7 @@
 """What is read from a checkpoint's tokenizer files, and what is refused."""
 
+from __future__ import annotations
+
 import json
 from pathlib import Path
 
@@ -8,7 +10,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import models, pre_tokenizers, trainers
 
 from minilora.data.chat import make_template
-from minilora.data.tokenizer import Rendered, Tokenizer, encode, load_tokenizer
+from minilora.data.tokenizer import Rendered, Tokenizer, encode, load_tokenizer, mark_specials
 from minilora.settings.errors import RequestError
 from tests.support.llama31 import write_folder
 
@@ -41,7 +43,7 @@ def test_unusable_tokenizers_and_templates(tmp_path: Path, tokenizer: Tokenizer)
         load_tokenizer(tmp_path)
     with pytest.raises(RequestError, match="has no special token '<s>'"):
         load_tokenizer(write_folder(tmp_path, bos_token="<s>"))
-    with pytest.raises(RequestError, match="says no eos_token"):
+    with pytest.raises(RequestError, match="names no eos_token"):
         load_tokenizer(write_folder(tmp_path, eos_token=None))
     (tmp_path / "tokenizer_config.json").write_text("[")
     with pytest.raises(RequestError, match=r"tokenizer_config\.json:1: not JSON"):
@@ -80,3 +82,21 @@ def test_of_special_tokens_that_begin_alike_the_longest_is_taken(tmp_path: Path)
     ((found, ends),) = encode(load_tokenizer(tmp_path), [Rendered([text])], joined=True)
     assert found == backend.encode(text, add_special_tokens=False).ids
     assert ends == [len(found)]
+
+
+def test_a_mark_is_put_into_special_tokens_and_taken_out_again(tokenizer: Tokenizer) -> None:
+    """The first private-use character that no text has; other texts stay as they are."""
+    plain = ["a fox", "<|eot_id| >\ue000"]
+    assert mark_specials(tokenizer, plain) == (plain, "")
+    texts = ["a<|eot_id|>b\ue000<|eom_id|>", "fox", "\ue001"]
+    marked, mark = mark_specials(tokenizer, texts)
+    assert marked == ["a<\ue002|eot_id|>b\ue000<\ue002|eom_id|>", "fox", "\ue001"]
+    assert mark == "\ue002"
+    parts = [marked[0], "<|eot_id|>" + marked[1], marked[2]]
+    eot = tokenizer.specials["<|eot_id|>"]
+    for joined in (False, True):
+        ((ids, ends),) = encode(tokenizer, [Rendered(parts, mark)], joined)
+        assert ids.count(eot) == 1 and ids.index(eot) == ends[0]
+        assert tokenizer.decode(ids[: ends[0]]) == texts[0]
+        assert tokenizer.decode(ids[ends[0] :]) == "<|eot_id|>fox\ue001"
+        assert ends[2] == len(ids)

@@ -6,6 +6,7 @@ from typing import Any
 
 
 def say(*pairs: tuple[Any, Any]) -> dict[str, Any]:
+    """A row of sharegpt messages."""
     return {"conversations": [{"from": role, "value": text} for role, text in pairs]}
 
 
@@ -34,6 +35,20 @@ BAD_MESSAGES = [
     (
         say(("human", "q"), ("function_call", "[3]")),
         "a tool call needs a name and an object of arguments",
+    ),
+    (say(("human", "q"), ("function_call", "[" * 10**5)), "a tool call is not JSON"),
+    (say(("human", "q"), ("function_call", "1" * 5000)), "a tool call is not JSON"),
+    *(
+        (
+            {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", **calls}]},
+            "a tool call needs a name and an object of arguments",
+        )
+        for calls in (
+            {"tool_calls": [{"function": "f"}]},
+            {"tool_calls": [{"function": {"name": "f", "arguments": "{"}}]},
+            {"tool_calls": [{"function": {"name": "f", "arguments": "[" * 10**5}}]},
+            {"tool_calls": [{"function": {"name": "f", "arguments": "1" * 5000}}]},
+        )
     ),
     ({"conversations": "q"}, "messages are not a list of objects"),
     ({"conversations": ["q"]}, "messages are not a list of objects"),

@@ -1,5 +1,7 @@
 """Llama-3.1-Instruct's tokenizer in small, its chat template, and conversations."""
 
+from __future__ import annotations
+
 import json
 from pathlib import Path
 from typing import Any

@@ -1,5 +1,7 @@
 """Rows in the formats that are read, what becomes of them, and calls to read them."""
 
+from __future__ import annotations
+
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,15 +30,18 @@ def write(path: Path, rows: Sequence[Any]) -> Path:
 def read(
     names: Sequence[Path | str], folder: Path, stage: str = "sft", **fields: Any
 ) -> tuple[list[Conversation], Tally]:
+    """The conversations of these datasets; fields: of the data's settings."""
     data = DataSettings(dataset_dir=str(folder), **fields)
     return read_conversations([str(name) for name in names], data, stage)
 
 
 def turns(conversations: Sequence[Conversation]) -> list[Pairs]:
+    """Of each conversation its turns as (role, text)."""
     return [[(turn.role, turn.text) for turn in row.turns] for row in conversations]
 
 
 def problems_of(names: Sequence[Path | str], folder: Path, stage: str = "sft") -> list[str]:
+    """Why these datasets are refused."""
     with pytest.raises(RequestError) as caught:
         read(names, folder, stage)
     return list(caught.value.problems)

@@ -32,7 +32,7 @@ DATA: dict[str, tuple[Break, list[str]]] = {
     "not UTF-8": (put("rows.jsonl", b'{"a": 1}\n\xff\n'), ["rows.jsonl:2: not UTF-8; save"]),
     "UTF-16": (put("rows.jsonl", "{}".encode("utf-16")), ["rows.jsonl:1: not UTF-8"]),
     "broken line": (put("rows.jsonl", '{"instruction": "q", "output": "a"}\n{,'),
-                    ["rows.jsonl:2: not JSON", "a row per line, or a list of rows, is read"]),
+                    ["rows.jsonl:2: not JSON", "a file has one row per line, or one list of rows"]),
     "broken list": (put("x.json", "[\n{},\n,", dataset="@/x.json"), ["x.json:3: not JSON"]),
     "endless depth": (put("rows.jsonl", '{"messages": ' + "[" * 10**5), ["rows.jsonl:1: not JSON"]),
     "endless digits": (put("rows.jsonl", f'{{"output": {BIG}}}'), ["rows.jsonl:1: not JSON"]),
