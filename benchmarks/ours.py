@@ -64,7 +64,7 @@ def run(turns: Turns) -> None:
     """Train until the turns are over."""
     variant, size = turns.order.variant, SIZES[turns.order.size]
     settings = _settings(turns, size)
-    engine_module.read_pieces = fill  # type: ignore[assignment]
+    engine_module.read_parts = fill  # type: ignore[assignment]
     world = World(settings.train)
     turns.mark("processes")
     plan, options = _plan(turns, size, settings), settings.train
@@ -170,7 +170,7 @@ def _like(turns: Turns) -> Tensor:
 
 
 def fill(checkpoint: Checkpoint, pieces: Iterable[TensorPart]) -> int:
-    """Take the place of read_pieces: each destination gets its part of the weight of that name."""
+    """Take the place of read_parts: each destination gets its part of the weight of that name."""
     shapes = checkpoint.shape.parameter_shapes()
     total = 0
     for piece in pieces:
