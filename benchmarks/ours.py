@@ -15,6 +15,7 @@ from benchmarks.turns import Turns
 from benchmarks.workloads import LLAMA_FACTORY, SIZES, Size, rows, weight
 from minilora.data.documents import Documents
 from minilora.data.schedule import Schedule
+from minilora.files.adapter import AdapterBase
 from minilora.files.deepspeed_file import Facts, find_ds_config, resolve_ds_config
 from minilora.files.snapshot import State
 from minilora.files.weights import Checkpoint, TensorPart
@@ -92,7 +93,8 @@ def run(turns: Turns) -> None:
     phases = StartupTimes()
     phases.done = turns.mark  # type: ignore[method-assign]
     engine = Engine(world, plan, phases)
-    job = Job(settings, documents, schedule, plan.lora, State(0, 0, {}, {}, {}))
+    base = AdapterBase(settings.base, {})
+    job = Job(settings, documents, schedule, plan.lora, base, State(0, 0, {}, {}, {}))
     with Watch(turns, engine, options, schedule.total_steps, world.rank == 0) as report:
         train(world, engine, job, report)
 

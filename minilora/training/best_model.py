@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from minilora.files.adapter import WEIGHTS
+from minilora.files.snapshot import restored
 from minilora.settings.settings import TrainSettings
 
 
@@ -50,12 +51,13 @@ def best_before(
 
     saved: the Best in the snapshot that it goes on from, or empty. digest: of the validation
     documents. A snapshot's best counts if it was found by the same, and is still there; its folder
-    may have moved together with the one that the run goes on from.
+    may have moved together with the one that the run goes on from. Raises RequestError as
+    `restored` does.
     """
     fresh = Best(by=[*train.judged_by, digest])
     if not saved or snapshot is None or train.eval_strategy == "no":
         return fresh, []
-    best = Best(**saved)
+    best = restored(Best, saved, snapshot)
     fresh = replace(fresh, due=best.due)
     if not best.step:
         return fresh, []

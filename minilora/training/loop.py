@@ -17,7 +17,7 @@ from torch import Tensor
 from minilora.data.documents import Documents
 from minilora.data.schedule import Schedule
 from minilora.data.steps import Place, Step, TileLimits, build_step, most_tokens, worst_span
-from minilora.files.adapter import check_adapter, read_adapter, write_adapter
+from minilora.files.adapter import AdapterBase, check_adapter, read_adapter, write_adapter
 from minilora.files.snapshot import State, prune, snapshot_folder, write_snapshot
 from minilora.memory.measured import read_memory
 from minilora.model.lora_shape import LoraShape
@@ -39,6 +39,7 @@ class Job:
     documents: Documents
     schedule: Schedule
     lora: LoraShape
+    base: AdapterBase
     start: State
     validation: Documents | None = None
 
@@ -71,7 +72,7 @@ def train(world: World, engine: Engine, job: Job, report: Report) -> Best:
                     best = validate(world, engine, job, report, best, step + 1)
             better = train.load_best_model_at_end and best.step == step + 1
             if number or better or _is_due(job, step, train.save_strategy, train.save_steps):
-                state = replace(state, totals=vars(report.totals), best=vars(best))
+                state = replace(state, log_totals=vars(report.totals), best=vars(best))
                 snapshot(world, engine, job, state, stopping=number > 0)
             if number:
                 name = signal.Signals(number).name
@@ -199,9 +200,7 @@ def snapshot(world: World, engine: Engine, job: Job, state: State, stopping: boo
     moments = dict(engine.moments()) if stopping or not train.save_only_model else {}
 
     def write() -> None:
-        folder = write_snapshot(
-            job.settings.output, state, adapter, moments, job.lora, job.settings.base
-        )
+        folder = write_snapshot(job.settings.output, state, adapter, moments, job.lora, job.base)
         check_adapter(folder, adapter)
         prune(job.settings.output, train.save_total_limit, folder, Path(state.best["folder"]))
 
@@ -220,7 +219,7 @@ def finish(world: World, engine: Engine, job: Job, report: Report, best: Best) -
             metric, _ = train.judged_by
             report.message(f"best: step {best.step}, with {metric} {best.value:.6g}")
         _check_learned(adapter)
-        write_adapter(job.settings.output, adapter, job.lora, job.settings.base)
+        write_adapter(job.settings.output, adapter, job.lora, job.base)
         check_adapter(job.settings.output, adapter)
 
     _on_rank0(world, job, write)

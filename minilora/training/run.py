@@ -12,6 +12,7 @@ import torch
 
 from minilora import __version__
 from minilora.data.schedule import Schedule
+from minilora.files.adapter import read_adapter_base
 from minilora.files.deepspeed_file import Facts, read_deepspeed_files
 from minilora.files.output_folder import claimed
 from minilora.files.snapshot import last_snapshot
@@ -70,6 +71,7 @@ def run_in(world: World, settings: Settings, plan: ModelRecipe, phases: StartupT
     documents, validation, notes = tokenise(world, settings, plan.checkpoint.shape)
     with world.agreed():
         snapshot, start, saved = start_of(settings, plan, documents, validation)
+        base = read_adapter_base(settings.base)
     shape = plan.checkpoint.shape
     schedule = Schedule.of(
         documents.lengths,
@@ -94,17 +96,17 @@ def run_in(world: World, settings: Settings, plan: ModelRecipe, phases: StartupT
         engine = Engine(world, plan, phases)
         if snapshot is not None:
             engine.restore(saved, start.step)
-            was = f"{start.info['ranks']} ranks, ZeRO-{start.info['stage']}"
+            was = f"{start.about['ranks']} ranks, ZeRO-{start.about['stage']}"
             reached = f"step {start.step} of {schedule.total_steps}"
             found = [f"going on from {snapshot}, {reached} ({was})"]
-            _tell(world, found, start.info.get("notes", ()))
+            _tell(world, found, start.about.get("notes", ()))
         _tell(world, _facts(world, engine, plan, schedule), [str(phases)])
         info = {"ranks": world.size, "stage": engine.stage, "settings": settings.to_dict()}
         info["versions"] = {"minilora": __version__, "torch": torch.__version__}
-        totals = Totals(**start.totals)
+        totals = Totals(**start.log_totals)
         with Report(options, schedule.total_steps, world.rank == 0, totals) as report:
-            start = replace(start, info=info)
-            job = Job(settings, documents, schedule, plan.lora, start, validation)
+            start = replace(start, about=info)
+            job = Job(settings, documents, schedule, plan.lora, base, start, validation)
             report.finish(**train(world, engine, job, report).results)
             report.message(forecast.closing(world.gather_objects(read_memory(world.device))))
             report.message(f"the adapter is in {options.output_dir}")

@@ -8,8 +8,16 @@ from pathlib import Path
 from torch import Tensor
 
 from minilora.data.documents import Documents
-from minilora.files.snapshot import State, differences, find_snapshot, read_state, read_tensors
+from minilora.files.snapshot import (
+    State,
+    differences,
+    find_snapshot,
+    read_state,
+    read_tensors,
+    restored,
+)
 from minilora.files.weights import fingerprint
+from minilora.report.run_log import Totals
 from minilora.settings.errors import RequestError
 from minilora.settings.settings import Settings
 from minilora.training.best_model import best_before
@@ -41,9 +49,10 @@ def start_of(
     folder = find_snapshot(output, settings.train.resume_from_checkpoint)
     state = State(0, 0, {}, same, {}) if folder is None else read_state(folder)
     best, notes = best_before(settings.train, state.best, validation.fingerprint(), folder)
-    state = replace(state, best=vars(best), info={**state.info, "notes": notes})
+    state = replace(state, best=vars(best), about={**state.about, "notes": notes})
     if folder is None:
         return None, state, {}
+    restored(Totals, state.log_totals, folder)  # refused now, not when the log is opened
     problems = differences(state, same, folder)
     if problems:
         raise RequestError(problems)
