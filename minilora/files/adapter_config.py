@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -157,8 +158,8 @@ def _value_problems(config: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _is_positive(value: object, *types: type) -> bool:
-    """Whether it is a positive and finite number of one of these types; true is no number."""
-    return type(value) in types and 0 < value < float("inf")  # type: ignore[operator]
+    """Whether it is a positive number of one of these types that a float can hold."""
+    return type(value) in types and 0 < value <= sys.float_info.max  # type: ignore[operator]
 
 
 def _is_list(value: object, item_type: type) -> bool:

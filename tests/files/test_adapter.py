@@ -147,6 +147,7 @@ def test_reading_gives_back_what_was_written(
         ("r", 0, "r is 0"),
         ("r", "16", "r is '16'"),
         ("lora_alpha", None, "lora_alpha is None"),
+        ("lora_alpha", 10**400, "; a positive number is needed"),
         ("lora_bias", True, "lora_bias = True is not read here"),
         ("bias", "all", "bias = 'all'"),
         ("modules_to_save", ["norm"], "norm cannot be trained whole; embed_tokens, lm_head can"),

@@ -22,6 +22,8 @@ from tests.support.models import LLAMA3_ROPE, random_llama
         ({"rope_scaling": {"type": "llama3"}}, "factor is None"),
         ({"hidden_act": "gelu"}, "Llama uses `silu`"),
         ({"head_dim": 7}, "even size"),
+        ({"rms_norm_eps": 10**400}, "rms_norm_eps is 1000.*a positive number is needed"),
+        ({"rms_norm_eps": True}, "rms_norm_eps is True: a positive number is needed"),
     ],
 )
 def test_a_config_of_another_model_is_refused(changes: dict[str, object], message: str) -> None:
