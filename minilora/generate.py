@@ -18,7 +18,8 @@ from minilora.data.chat import Template, make_template
 from minilora.data.conversations import BadRow, Turn, to_turns
 from minilora.data.sources import OPENAI_TAGS, Row, read_rows
 from minilora.data.tokenizer import load_tokenizer
-from minilora.files.adapter import read_adapter, read_adapter_shape
+from minilora.files.adapter import read_adapter
+from minilora.files.adapter_config import read_adapter_shape
 from minilora.files.model_config import read_model_config
 from minilora.files.weights import Checkpoint, TensorPart, read_checkpoint, read_parts
 from minilora.memory.measured import free_memory

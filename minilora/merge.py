@@ -21,11 +21,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Check everything, then write. Raises RequestError before anything is written; RunError."""
+    """Check the whole request, then write.
+
+    Raises RequestError, before anything is written, for a wrong request, and RunError for what
+    happens while writing.
+    """
     checkpoint = read_checkpoint(read_model_config(args.model_name_or_path))
     adapters = [Path(name) for name in args.adapter_name_or_path.split(",")]
+
     problems = _folder_problems(args.export_dir)
-    weights = _weights(args.adapter_weights, len(adapters), problems)
+    weights = [1.0] * len(adapters)
+    try:
+        if args.adapter_weights is not None:
+            weights = _read_weights(args.adapter_weights, len(adapters))
+    except RequestError as error:
+        problems += error.problems
     updates: dict[str, list[Update]] = {}
     for adapter, weight in zip(adapters, weights, strict=True):
         try:
@@ -33,19 +43,23 @@ def run(args: argparse.Namespace) -> None:
                 updates.setdefault(layer, []).append(update)
         except RequestError as error:
             problems += error.problems
-    if problems := problems or clashes(updates):
+    # Whether the adapters go together can be said once each of them has been read.
+    problems = problems or clashes(updates)
+    if problems:
         raise RequestError(problems)
+
     if args.adapter_only:
         lora = export_adapter(checkpoint, updates, args.export_dir)
         print(f"{args.export_dir}: an adapter of rank {lora.rank} and alpha {lora.alpha}")
         print(f"vLLM takes it with --max-lora-rank of at least {lora.rank}")
     else:
         export_merged(checkpoint, updates, args.export_dir)
-        print(f"{args.export_dir}: {checkpoint.total_bytes / 1e9:.3f} GB, "
-              f"{len(updates)} layers changed")  # fmt: skip
+        gigabytes = checkpoint.total_bytes / 1e9
+        print(f"{args.export_dir}: {gigabytes:.3f} GB, {len(updates)} layers changed")
 
 
 def _folder_problems(folder: Path) -> list[str]:
+    """What is wrong with the folder to write into: nothing that is there may be overwritten."""
     if folder.exists() and not folder.is_dir():
         return [f"--export_dir: {folder} is a file; name a new or empty folder"]
     if folder.exists() and any(folder.iterdir()):
@@ -53,28 +67,35 @@ def _folder_problems(folder: Path) -> list[str]:
     return []
 
 
-def _weights(text: str | None, count: int, problems: list[str]) -> list[float]:
-    """One weight per adapter: 1 each, or the numbers of --adapter_weights."""
-    if text is None:
-        return [1.0] * count
+def _read_weights(text: str, count: int) -> list[float]:
+    """One weight for each of `count` adapters. Raises RequestError."""
     try:
         weights = [float(part) for part in text.split(",")]
     except ValueError:
         weights = []
-    if len(weights) == count and all(map(math.isfinite, weights)):
-        return weights
-    problems.append(f"--adapter_weights: {text!r} is not {count} numbers with commas between them")
-    return [1.0] * count
+    if len(weights) != count or not all(math.isfinite(weight) for weight in weights):
+        problem = f"{text!r} is not {count} numbers with commas between them"
+        raise RequestError([f"--adapter_weights: {problem}"])
+    return weights
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m minilora.merge", allow_abbrev=False)
-    add = parser.add_argument
-    add("--model_name_or_path", required=True, type=Path, help="folder of the base model")
-    add("--adapter_name_or_path", required=True, help="folder of the adapter; several: DIR,DIR2")
-    add("--adapter_weights", help="how much of each adapter, such as 0.5,0.5 [1 each]")
-    add("--export_dir", required=True, type=Path, help="new or empty folder to write into")
-    add("--adapter_only", action="store_true", help="write one adapter, not a merged model")
+    parser.add_argument(
+        "--model_name_or_path", required=True, type=Path, help="folder of the base model"
+    )
+    parser.add_argument(
+        "--adapter_name_or_path", required=True, help="folder of the adapter; several: DIR,DIR2"
+    )
+    parser.add_argument(
+        "--adapter_weights", help="how much of each adapter, such as 0.5,0.5 [1 each]"
+    )
+    parser.add_argument(
+        "--export_dir", required=True, type=Path, help="new or empty folder to write into"
+    )
+    parser.add_argument(
+        "--adapter_only", action="store_true", help="write one adapter, not a merged model"
+    )
     return parser
 
 

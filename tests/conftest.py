@@ -13,7 +13,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import signal
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -82,6 +82,24 @@ def launch() -> Launch:
         return process.returncode, output
 
     return run
+
+
+@pytest.fixture(scope="session")
+def tmpfs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Path | None]]:
+    """Mounts small file systems in memory; gives None where that is not allowed."""
+    mounted: list[Path] = []
+
+    def mount(size: str) -> Path | None:
+        folder = tmp_path_factory.mktemp("tmpfs")
+        words = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+        if os.geteuid() or subprocess.run(words, capture_output=True).returncode:
+            return None
+        mounted.append(folder)
+        return folder
+
+    yield mount
+    for folder in mounted:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 @pytest.fixture(scope="session")

@@ -1,8 +1,12 @@
-"""The DeepSpeed file: found, its "auto" values filled in as the HF Trainer does, its rest kept."""
+"""The DeepSpeed file: found, checked against the run's settings, its "auto" values filled in.
+
+"auto" means what it means in the HF Trainer (transformers' integrations/deepspeed.py), so that a
+file which was written for the Trainer or for LLaMA-Factory works unchanged. What else the file says
+is handed on to DeepSpeed as it is.
+"""
 
 from __future__ import annotations
 
-import copy
 import difflib
 import json
 from collections.abc import Iterator, Mapping
@@ -17,9 +21,9 @@ from minilora.settings.settings import TrainSettings
 from minilora.settings.text_files import read_json
 
 SHIPPED = resources.files("minilora") / "ds_configs"
-# Sections and keys of DeepSpeed's that go with this program; DeepSpeed ignores what it does not
-# know, and a misspelt zero_optimization would mean no ZeRO.
-KNOWN = frozenset(
+# The keys of DeepSpeed's that this program can go with. DeepSpeed itself ignores a key that it
+# does not know, and with a misspelt zero_optimization it would train without ZeRO.
+KNOWN_KEYS = frozenset(
     """
     aio bf16 comet comms_logger communication_data_type csv_monitor data_types disable_allgather
     dump_state flops_profiler fp16 gradient_accumulation_steps gradient_clipping
@@ -29,7 +33,10 @@ KNOWN = frozenset(
     zero_optimization
     """.split()
 )
-# Programs of `report_to`: DeepSpeed's section for each, and the package it needs.
+# Keys that are checked and then left out, since the program itself sees to what they say: it
+# brings AdamW and the learning rate, trains in bf16 or fp32, and accumulates gradients.
+LEFT_OUT = ("optimizer", "scheduler", "fp16", "train_batch_size")
+# Values of `report_to`: DeepSpeed's section for each, and the package it needs.
 MONITORS = {
     "tensorboard": ("tensorboard", "tensorboard"),
     "wandb": ("wandb", "wandb"),
@@ -39,7 +46,10 @@ MONITORS = {
 
 @dataclass(frozen=True)
 class Facts:
-    """What "auto" values are filled in from, beside the settings."""
+    """What "auto" values follow from, apart from the settings.
+
+    hidden_size: of the model. bf16: whether the run computes in bf16.
+    """
 
     world_size: int
     hidden_size: int
@@ -47,121 +57,88 @@ class Facts:
 
 
 def find_ds_config(name: str | None) -> Path:
-    """The file that `deepspeed:` means: a path, or one shipped here by its name; default zero3.
+    """The file that the setting `deepspeed` means: a path, or the name of one shipped here.
 
-    Raises RequestError naming what is shipped.
+    None means zero3. Raises RequestError naming the shipped files if there is no such file.
     """
     name = name or "zero3"
-    shipped = sorted(entry.name for entry in SHIPPED.iterdir() if entry.name.endswith(".json"))
     if Path(name).is_file():
         return Path(name)
-    for candidate in (name, f"{name}.json"):
-        if candidate in shipped:
-            return Path(str(SHIPPED / candidate))
-    names = ", ".join(entry.removesuffix(".json") for entry in shipped)
-    raise RequestError([f"deepspeed: {name}: no such file; shipped with minilora: {names}"])
+    shipped = _shipped_files()
+    if name.removesuffix(".json") in shipped:
+        return shipped[name.removesuffix(".json")]
+    problem = f"{name}: no such file; shipped with minilora: {', '.join(shipped)}"
+    raise RequestError([f"deepspeed: {problem}"])
+
+
+def _shipped_files() -> dict[str, Path]:
+    """The files that come with minilora, by their names without the ending, in order."""
+    names = sorted(entry.name for entry in SHIPPED.iterdir() if entry.name.endswith(".json"))
+    return {name.removesuffix(".json"): Path(str(SHIPPED / name)) for name in names}
 
 
 def read_deepspeed_files(train: TrainSettings, facts: Facts) -> dict[str, dict[str, Any]]:
-    """The DeepSpeed files that could serve a run, resolved, by name; the asked one comes first.
+    """The DeepSpeed files that could serve a run, resolved, by their names without the ending.
 
-    The others are those shipped with minilora, for advice. Each file is opened once.
-    Raises RequestError as `find_ds_config` and `resolve_ds_config` do.
+    The one that the settings ask for comes first. The others are those shipped with minilora, from
+    which advice is given. Raises RequestError as `find_ds_config` and `resolve_ds_config` do.
     """
     asked = find_ds_config(train.deepspeed)
-    shipped = [entry.name.removesuffix(".json") for entry in SHIPPED.iterdir()
-               if entry.name.endswith(".json")]  # fmt: skip
     paths = {asked.stem: asked}
-    paths |= {name: find_ds_config(name) for name in sorted(shipped) if name != asked.stem}
+    for name, path in _shipped_files().items():
+        paths.setdefault(name, path)
     return {name: resolve_ds_config(path, train, facts) for name, path in paths.items()}
 
 
-def resolve_ds_config(path: Path, train: TrainSettings, facts: Facts) -> dict[str, Any]:
-    """The dictionary that DeepSpeed is given.
+def zero_stage(config: Mapping[str, Any]) -> int:
+    """The ZeRO stage of a DeepSpeed configuration; 0 where it says none, as in DeepSpeed."""
+    return int(config.get("zero_optimization", {}).get("stage", 0))
 
-    Values other than "auto" must agree with the run's settings where they say the same thing,
-    as in transformers' integrations/deepspeed.py. DeepSpeed sees one micro-step per optimizer
-    step: accumulation is ours. Raises RequestError naming every key that contradicts or is unknown.
+
+def resolve_ds_config(path: Path, train: TrainSettings, facts: Facts) -> dict[str, Any]:
+    """Read a DeepSpeed file and make of it the dictionary that DeepSpeed is given.
+
+    Raises RequestError naming every key that is unknown, of no use, or contradicts the settings.
     """
-    config: dict[str, Any] = copy.deepcopy(read_json(path))
-    problems = _form_problems(config)
+    config = read_json(path)
+    problems = [*_unknown_keys(config), *_unusable_values(config)]
     if problems:
-        raise RequestError([f"{path}: {problem}" for problem in problems])
-    for keys, value in _meanings(train, facts).items():
-        _fill(config, keys, value, problems)
-    for keys, value in _sizes(facts.hidden_size).items():
-        _fill(config, keys, value, None)
-    if config.pop("scheduler", None) is not None:
-        problems.append("scheduler: remove it; lr_scheduler_type and warmup_steps say the schedule")
-    if (config.pop("fp16", None) or {}).get("enabled") not in (None, False, "auto"):
-        problems.append("fp16.enabled: minilora trains in bf16 or fp32; remove the fp16 section")
-    kind = (config.pop("optimizer", None) or {}).get("type", "AdamW")
-    if kind not in ("AdamW", "Adam"):
-        problems.append(f"optimizer.type is {kind}: minilora trains with AdamW; remove the section")
-    problems += [f'{keys}: "auto" is not known here; give a value' for keys in _autos(config)]
-    problems = [f"{path}: {problem}" for problem in problems] + _add_monitors(config, train)
+        # The checks below look into sections, which must be objects.
+        raise RequestError([f"{path}: {problem}" for problem in sorted(problems)])
+
+    from_settings = _values_from_settings(train, facts)
+    for key, value in {**from_settings, **_sizes_from_model(facts.hidden_size)}.items():
+        _replace_auto(config, key, value)
+    problems = [
+        *_contradictions(config, from_settings),
+        *_foreign_scheduler(config),
+        *_foreign_precision(config),
+        *_foreign_optimizer(config),
+    ]
+    config = {key: value for key, value in config.items() if key not in LEFT_OUT}
+    problems += _left_at_auto(config)
+    problems = [f"{path}: {problem}" for problem in problems]
+    _switch_on_monitors(config, train)
+    problems += _missing_packages(config)
     if problems:
         raise RequestError(problems)
-    config.pop("train_batch_size", None)
-    config["train_micro_batch_size_per_gpu"] = (
-        train.per_device_train_batch_size * train.gradient_accumulation_steps
-    )
+
+    # DeepSpeed gets one micro-step per optimizer step, because accumulation happens inside ours.
+    batch_size = train.per_device_train_batch_size * train.gradient_accumulation_steps
+    config["train_micro_batch_size_per_gpu"] = batch_size
     config["gradient_accumulation_steps"] = 1
     config["gradient_clipping"] = train.max_grad_norm
     config["bf16"] = {**config.get("bf16", {}), "enabled": facts.bf16}
-    config.setdefault("steps_per_print", 10**9)  # the loop reports; DeepSpeed need not
-    # The optimizer is torch's AdamW also where its state lies in host memory.
+    # The training loop reports every step already.
+    config.setdefault("steps_per_print", 10**9)
+    # DeepSpeed would insist on its own Adam where the optimizer's state lies in host memory; the
+    # optimizer is torch's AdamW there too.
     config["zero_force_ds_cpu_optimizer"] = False
     return config
 
 
-def _form_problems(config: Mapping[str, Any]) -> list[str]:
-    """Keys that DeepSpeed would ignore or this program cannot go with, and values of no use."""
-    problems = []
-    for key in config.keys() - KNOWN:
-        close = difflib.get_close_matches(key, KNOWN, n=1, cutoff=0.8)
-        hint = f"did you mean {close[0]}?" if close else "remove it"
-        problems.append(f"{key} is not a key of DeepSpeed's that is used here: {hint}")
-    for key in ("zero_optimization", "bf16", "fp16", "optimizer"):
-        if not isinstance(config.get(key, {}), dict):
-            problems.append(f"{key} is {json.dumps(config[key])}; an object {{...}} is needed")
-    section = config.get("zero_optimization")
-    section = section if isinstance(section, dict) else {}
-    for key, part in section.items():
-        if isinstance(part, dict) and part.get("device") == "nvme":
-            problems.append(f'zero_optimization.{key}.device is "nvme"; say "cpu" or "none"')
-    stage = section.get("stage", 0)
-    if type(stage) is not int or stage not in range(4):
-        problems.append(f"zero_optimization.stage is {json.dumps(stage)}; say 0, 1, 2 or 3")
-    return sorted(problems)
-
-
-def _add_monitors(config: dict[str, Any], train: TrainSettings) -> list[str]:
-    """Switch on DeepSpeed's monitors that `report_to` names; their sections may say more.
-
-    Returns a problem for each package that is not installed.
-    """
-    problems = []
-    usual: dict[str, dict[str, Any]] = {
-        "tensorboard": {"output_path": train.output_dir, "job_name": "runs"},
-        "wandb": {"project": "minilora"},
-    }
-    for name, (section, package) in MONITORS.items():
-        given = config.get(section, {})
-        if name in train.report_to and isinstance(given, dict):
-            config[section] = given = {**usual.get(name, {}), **given, "enabled": True}
-        if isinstance(given, dict) and given.get("enabled") and find_spec(package) is None:
-            problems.append(f"report_to {name} needs a package: pip install {package}")
-    return problems
-
-
-def zero_stage(config: Mapping[str, Any]) -> int:
-    """The ZeRO stage of a DeepSpeed configuration, 0 where it says none."""
-    stage = config.get("zero_optimization", {}).get("stage", 0)
-    return int(stage)
-
-
-def _meanings(train: TrainSettings, facts: Facts) -> dict[str, Any]:
+def _values_from_settings(train: TrainSettings, facts: Facts) -> dict[str, Any]:
+    """What the settings say of each key that has a meaning in both; nested keys with dots."""
     per_device = train.per_device_train_batch_size
     accumulation = train.gradient_accumulation_steps
     return {
@@ -177,35 +154,114 @@ def _meanings(train: TrainSettings, facts: Facts) -> dict[str, Any]:
     }
 
 
-def _sizes(hidden: int) -> dict[str, int]:
-    """The HF Trainer's values for "auto" sizes, in elements."""
+def _sizes_from_model(hidden_size: int) -> dict[str, int]:
+    """The sizes, in elements, that the HF Trainer puts for "auto"; others may stand there too."""
     return {
-        "zero_optimization.reduce_bucket_size": hidden * hidden,
-        "zero_optimization.stage3_prefetch_bucket_size": int(0.9 * hidden * hidden),
-        "zero_optimization.stage3_param_persistence_threshold": 10 * hidden,
+        "zero_optimization.reduce_bucket_size": hidden_size * hidden_size,
+        "zero_optimization.stage3_prefetch_bucket_size": int(0.9 * hidden_size * hidden_size),
+        "zero_optimization.stage3_param_persistence_threshold": 10 * hidden_size,
     }
 
 
-def _fill(config: dict[str, Any], keys: str, value: Any, problems: list[str] | None) -> None:
-    """Replace "auto" by the value; with `problems`, complain where another value stands."""
-    *path, last = keys.split(".")
-    node: Any = config
-    for key in path:
-        node = node.get(key)
-        if not isinstance(node, dict):
-            return
-    if node.get(last) == "auto":
-        node[last] = value
-    elif problems is not None and node.get(last) not in (None, value):
-        problems.append(
-            f"{keys} is {json.dumps(node[last])}, the run's settings say {json.dumps(value)}; "
-            'write "auto"'
-        )
+def _holder_of(config: dict[str, Any], key: str) -> tuple[dict[str, Any], str]:
+    """The object that a key such as bf16.enabled lies in, and the key's last part.
+
+    Where the file has no such object, an empty one that is not part of it.
+    """
+    *sections, last = key.split(".")
+    holder: Any = config
+    for section in sections:
+        holder = holder.get(section)
+        if not isinstance(holder, dict):
+            return {}, last
+    return holder, last
 
 
-def _autos(node: Mapping[str, Any], path: str = "") -> Iterator[str]:
-    for key, value in node.items():
+def _replace_auto(config: dict[str, Any], key: str, value: Any) -> None:
+    """Put the value where the file says "auto"."""
+    holder, last = _holder_of(config, key)
+    if holder.get(last) == "auto":
+        holder[last] = value
+
+
+# The checks. Each yields what is wrong with the file, a line for each problem.
+
+
+def _unknown_keys(config: Mapping[str, Any]) -> Iterator[str]:
+    for key in config:
+        if key not in KNOWN_KEYS:
+            close = difflib.get_close_matches(key, KNOWN_KEYS, n=1, cutoff=0.8)
+            hint = f"did you mean {close[0]}?" if close else "remove it"
+            yield f"{key} is not a key of DeepSpeed's that is used here: {hint}"
+
+
+def _unusable_values(config: Mapping[str, Any]) -> Iterator[str]:
+    """Sections that are no objects, stages that ZeRO has not, and offloading to NVMe."""
+    for key in ("zero_optimization", "bf16", "fp16", "optimizer"):
+        if not isinstance(config.get(key, {}), dict):
+            yield f"{key} is {json.dumps(config[key])}; an object {{...}} is needed"
+    zero = config.get("zero_optimization")
+    if not isinstance(zero, dict):
+        return
+    for key, part in zero.items():
+        if isinstance(part, dict) and part.get("device") == "nvme":
+            yield f'zero_optimization.{key}.device is "nvme"; say "cpu" or "none"'
+    stage = zero.get("stage", 0)
+    if type(stage) is not int or stage not in (0, 1, 2, 3):
+        yield f"zero_optimization.stage is {json.dumps(stage)}; say 0, 1, 2 or 3"
+
+
+def _contradictions(config: dict[str, Any], from_settings: Mapping[str, Any]) -> Iterator[str]:
+    """A value that is not "auto" must be the one that the settings say."""
+    for key, value in from_settings.items():
+        holder, last = _holder_of(config, key)
+        found = holder.get(last)
+        if found is not None and found != value:
+            said = f"{json.dumps(found)}, the run's settings say {json.dumps(value)}"
+            yield f'{key} is {said}; write "auto"'
+
+
+def _foreign_scheduler(config: Mapping[str, Any]) -> Iterator[str]:
+    if config.get("scheduler") is not None:
+        yield "scheduler: remove it; lr_scheduler_type and warmup_steps say the schedule"
+
+
+def _foreign_precision(config: Mapping[str, Any]) -> Iterator[str]:
+    enabled = config.get("fp16", {}).get("enabled")
+    if enabled not in (None, False, "auto"):
+        yield "fp16.enabled: minilora trains in bf16 or fp32; remove the fp16 section"
+
+
+def _foreign_optimizer(config: Mapping[str, Any]) -> Iterator[str]:
+    kind = config.get("optimizer", {}).get("type", "AdamW")
+    if kind not in ("AdamW", "Adam"):
+        yield f"optimizer.type is {kind}: minilora trains with AdamW; remove the section"
+
+
+def _left_at_auto(section: Mapping[str, Any], path: str = "") -> Iterator[str]:
+    """Keys for which no value is known here. path: of the section, with a dot at its end."""
+    for key, value in section.items():
         if value == "auto":
-            yield path + key
+            yield f'{path}{key}: "auto" is not known here; give a value'
         elif isinstance(value, Mapping):
-            yield from _autos(value, f"{path}{key}.")
+            yield from _left_at_auto(value, f"{path}{key}.")
+
+
+def _switch_on_monitors(config: dict[str, Any], train: TrainSettings) -> None:
+    """Enable DeepSpeed's monitors that `report_to` names; their sections may say more."""
+    usual: dict[str, dict[str, Any]] = {
+        "tensorboard": {"output_path": train.output_dir, "job_name": "runs"},
+        "wandb": {"project": "minilora"},
+    }
+    for name, (section, _) in MONITORS.items():
+        given = config.get(section, {})
+        if name in train.report_to and isinstance(given, dict):
+            config[section] = {**usual.get(name, {}), **given, "enabled": True}
+
+
+def _missing_packages(config: Mapping[str, Any]) -> Iterator[str]:
+    """A monitor that is enabled needs its package."""
+    for name, (section, package) in MONITORS.items():
+        given = config.get(section, {})
+        if isinstance(given, dict) and given.get("enabled") and find_spec(package) is None:
+            yield f"report_to {name} needs a package: pip install {package}"

@@ -1,4 +1,10 @@
-"""Snapshots: what a run needs to go on, by name, for any number of ranks and any ZeRO stage."""
+"""Snapshots: all that a run needs to be resumed, with any number of ranks and any ZeRO stage.
+
+A snapshot is a folder checkpoint-N, N being the number of optimizer steps done. It is an adapter in
+PEFT's format, and beside it lie snapshot.safetensors, with AdamW's state, and snapshot.json, with
+the `State` of the run. Tensors are whole and stored by the parameter's name: how they were
+partitioned over the ranks that wrote them plays no part.
+"""
 
 from __future__ import annotations
 
@@ -10,49 +16,67 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, get_origin, get_type_hints
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from minilora.files.adapter import write_adapter, write_atomically
+from minilora.files.adapter import AdapterBase, write_adapter, write_atomically
 from minilora.model.lora_shape import LoraShape
 from minilora.settings.errors import RequestError
 from minilora.settings.text_files import read_json
 
-STATE, TENSORS = "snapshot.json", "snapshot.safetensors"
-PREFIX, DRAFT = "checkpoint-", ".draft"
+STATE = "snapshot.json"
+TENSORS = "snapshot.safetensors"
+PREFIX = "checkpoint-"
+# Ends the name of a folder while it is being written.
+DRAFT = ".draft"
+
+Record = TypeVar("Record")
 
 
 @dataclass(frozen=True)
 class State:
-    """Where a run stands.
+    """Where a run stands: the content of snapshot.json.
 
-    step: optimizer steps done; rows: documents consumed since the start, all epochs together;
-    totals: sums of the log; same: settings and fingerprints that must not change, by name;
-    info: what may change, for people (ranks, stage, settings, versions); best: a run.best.Best.
+    step: how many optimizer steps are done.
+    rows: how many documents were trained on since the start, all epochs together.
+    log_totals: the sums that the log is computed from (report.run_log.Totals), so that it goes on
+    as if the run had not been interrupted; empty before the first step.
+    must_match: what the run that resumes must have in common with the one that wrote this, by
+    name: settings of the optimizer, the adapter's shape, fingerprints of base weights and data.
+    about: what may change from one run to the next, for people who read the file: ranks, stage,
+    settings, versions. `written` is the time of writing, in seconds since 1970.
+    best: the best validation so far (training.best_model.Best); empty before the first.
     """
 
     step: int
     rows: int
-    totals: dict[str, Any]
-    same: dict[str, Any]
-    info: dict[str, Any]
+    log_totals: dict[str, Any]
+    must_match: dict[str, Any]
+    about: dict[str, Any]
     best: dict[str, Any] = field(default_factory=dict)
 
 
 def snapshot_folder(output: Path, step: int) -> Path:
+    """Where the snapshot after this many steps lies."""
     return output / f"{PREFIX}{step}"
 
 
 def write_snapshot(
-    output: Path, state: State, adapter: Mapping[str, Tensor], moments: Mapping[str, Tensor],
-    lora: LoraShape, base: Path,
-) -> Path:  # fmt: skip
-    """Write checkpoint-N with a PEFT adapter in it, then rename it into place when it is whole.
+    output: Path,
+    state: State,
+    adapter: Mapping[str, Tensor],
+    moments: Mapping[str, Tensor],
+    lora: LoraShape,
+    base: AdapterBase,
+) -> Path:
+    """Write checkpoint-N, and return its folder. It gets its name when everything is in it.
 
-    moments: empty for an adapter alone, which cannot be resumed from. Raises OSError.
+    adapter: the fp32 masters of the trained parameters, by name, on the CPU. moments: AdamW's state
+    as `NAME.exp_avg` and `NAME.exp_avg_sq`; if there are none, only the adapter is written, and the
+    snapshot cannot be resumed from. Raises OSError.
     """
     final = snapshot_folder(output, state.step)
     draft = final.with_name(final.name + DRAFT)
@@ -60,8 +84,10 @@ def write_snapshot(
     write_adapter(draft, adapter, lora, base)
     if moments:
         write_atomically(draft / TENSORS, save({**adapter, **moments}, {"format": "pt"}))
-        dated = asdict(replace(state, info={**state.info, "written": time.time()}))
-        write_atomically(draft / STATE, (json.dumps(dated, indent=2) + "\n").encode())
+        dated = replace(state, about={**state.about, "written": time.time()})
+        write_atomically(draft / STATE, (json.dumps(asdict(dated), indent=2) + "\n").encode())
+
+    # An earlier run in this folder may have left a snapshot of the same step.
     shutil.rmtree(final, ignore_errors=True)
     os.replace(draft, final)
     _sync(output)
@@ -69,23 +95,29 @@ def write_snapshot(
 
 
 def prune(output: Path, keep: int | None, newest: Path, best: Path | None = None) -> None:
-    """Delete the oldest snapshots beyond `keep`, and what dying runs left half written.
+    """Delete the oldest snapshots, so that `keep` are left, and drafts that killed runs have left.
 
-    Those with greater numbers than the newest are leftovers of an earlier run, older than all. The
-    newest and the best (an absolute path) stay, as in the HF Trainer, even where `keep` is one.
+    keep: None for all. newest: the snapshot just written. best: the one with the best validation,
+    as an absolute path. These two stay even where `keep` is 1, as in the HF Trainer.
     """
     for draft in output.glob(f"{PREFIX}*{DRAFT}"):
         shutil.rmtree(draft)
+    if keep is None:
+        return
+
+    # Numbers beyond the newest's were left by an earlier run in this folder: older than all others.
     found = _snapshots(output)
-    found = [*found[found.index(newest) + 1 :], *found[: found.index(newest) + 1]]
-    old = [folder for folder in found if folder != newest and folder.resolve() != best]
-    spared = max((keep or len(found)) - (len(found) - len(old)), 0)
-    for folder in old[: -spared or None]:
+    end = found.index(newest) + 1
+    oldest_first = found[end:] + found[:end]
+
+    may_go = [folder for folder in oldest_first if folder != newest and folder.resolve() != best]
+    surplus = len(found) - keep
+    for folder in may_go[: max(surplus, 0)]:
         shutil.rmtree(folder)
 
 
 def last_snapshot(output: Path) -> str:
-    """Where a run that has ended can go on from, in words."""
+    """A sentence for the end of a run: which snapshot it can be resumed from."""
     try:
         folder = find_snapshot(output, "true")
     except OSError:
@@ -96,15 +128,18 @@ def last_snapshot(output: Path) -> str:
 
 
 def find_snapshot(output: Path, request: str | None) -> Path | None:
-    """The newest snapshot that can be resumed from for `true` (None if there is none), or a path.
+    """The snapshot that `resume_from_checkpoint` asks for.
 
-    Raises RequestError if a path names no snapshot.
+    request: a folder; or `true` for the snapshot in `output` that was written last and can be
+    resumed from, None if there is none; or `false` or None for no snapshot.
+    Raises RequestError if the folder is no snapshot that can be resumed from.
     """
     if request is None or request.lower() == "false":
         return None
     if request.lower() == "true":
-        whole = [folder for folder in reversed(_snapshots(output)) if (folder / STATE).exists()]
-        return max(whole, key=_written, default=None)
+        resumable = [folder for folder in _snapshots(output) if (folder / STATE).exists()]
+        # Of several that were written at the same time, the one with the greatest number.
+        return max(reversed(resumable), key=_time_written, default=None)
     if not (Path(request) / STATE).exists():
         raise RequestError(
             [
@@ -115,59 +150,99 @@ def find_snapshot(output: Path, request: str | None) -> Path | None:
     return Path(request)
 
 
-def _written(folder: Path) -> float:
-    """When a snapshot was written: an earlier run in the folder may have left greater numbers."""
+def _time_written(folder: Path) -> float:
+    """When a snapshot was written, in seconds since 1970.
+
+    Neither the step nor the file's own time tells: an earlier run in the same folder may have got
+    further, and copying a folder changes the times of its files.
+    """
     try:
-        return float(read_json(folder / STATE)["info"]["written"])
+        return float(read_json(folder / STATE)["about"]["written"])
     except RequestError:
-        return math.inf  # broken, which is said when it is read
-    except (KeyError, TypeError, ValueError):
+        # A broken snapshot counts as the newest: whoever reads it then says that it is broken, and
+        # no older one is taken in silence.
+        return math.inf
+    except (KeyError, TypeError, ValueError, OverflowError):
         return 0.0
 
 
 def read_state(folder: Path) -> State:
-    """Read where the run stood. Raises RequestError."""
-    values = read_json(folder / STATE)
-    if values.keys() != State.__dataclass_fields__.keys():
-        raise RequestError([f"{folder / STATE}: not a snapshot of this version of minilora"])
-    return State(**values)
+    """Read where the run stood that wrote this snapshot. Raises RequestError."""
+    return restored(State, read_json(folder / STATE), folder)
+
+
+def restored(kind: type[Record], saved: Mapping[str, Any], folder: Path) -> Record:
+    """A dataclass from the values of its fields in snapshot.json.
+
+    Raises RequestError if other fields are there than the dataclass has, as in a snapshot of
+    another version of minilora, or a value is not of its field's type.
+    """
+    path = folder / STATE
+    types = get_type_hints(kind)
+    if saved.keys() != types.keys():
+        names = ", ".join(sorted(saved.keys() ^ types.keys()))
+        raise RequestError(
+            [
+                f"{path}: not a snapshot of this version of minilora, for it differs in {names}; "
+                "resume with the version that wrote it, or begin anew from its adapter: "
+                "adapter_name_or_path"
+            ]
+        )
+    for name, value in saved.items():
+        wanted = get_origin(types[name]) or types[name]
+        # JSON, as Python writes it, keeps whole numbers and others apart.
+        if type(value) is not wanted:
+            raise RequestError([f"{path}: {name} is {value!r}, not of type {wanted.__name__}"])
+    return kind(**saved)
 
 
 def read_tensors(folder: Path, expected: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    """Masters and moments by name. Raises RequestError unless names and shapes are as expected."""
+    """Read the fp32 masters and AdamW's state of a snapshot, by name.
+
+    expected: the shape of each tensor by its name. Raises RequestError if the file holds others.
+    """
+    path = folder / TENSORS
     try:
-        held = load_file(folder / TENSORS)
+        held = load_file(path)
     except (OSError, SafetensorError) as error:
-        raise RequestError([f"{folder / TENSORS}: cannot be read: {error}"]) from None
+        raise RequestError([f"{path}: cannot be read: {error}"]) from None
+
     shapes = {name: tuple(tensor.shape) for name, tensor in held.items()}
     if shapes != dict(expected):
-        wrong = sorted(set(shapes.items()) ^ set(expected.items()))[0][0]
-        raise RequestError([f"{folder / TENSORS}: {wrong} is not as this run has it"])
+        wrong = min(name for name, _ in set(shapes.items()) ^ set(expected.items()))
+        raise RequestError([f"{path}: {wrong} is not as this run has it"])
     return held
 
 
-def differences(state: State, same: Mapping[str, Any], folder: Path) -> list[str]:
-    """What of a run differs from the snapshot it is to go on from, a line each."""
-    return [
-        f"resume_from_checkpoint: {folder} was made with {key} = {state.same.get(key)!r}, "
-        f"this run has {value!r}"
-        for key, value in same.items()
-        if state.same.get(key) != json.loads(json.dumps(value))
-    ]
+def differences(state: State, must_match: Mapping[str, Any], folder: Path) -> list[str]:
+    """A problem for each thing in which a run differs from the snapshot that it is to resume from.
+
+    must_match: of the run that is to resume, as in `State`.
+    """
+    problems = []
+    for key, value in must_match.items():
+        before = state.must_match.get(key)
+        # The snapshot's values have been through JSON, which makes lists of tuples.
+        if before != json.loads(json.dumps(value)):
+            problems.append(
+                f"resume_from_checkpoint: {folder} was made with {key} = {before!r}, "
+                f"this run has {value!r}"
+            )
+    return problems
 
 
 def _snapshots(output: Path) -> list[Path]:
-    """All whole snapshots, oldest first."""
+    """All snapshots that were written to the end, in the order of their numbers."""
     found = [
         folder
         for folder in output.glob(f"{PREFIX}*")
-        if folder.name.removeprefix(PREFIX).isdigit() and folder.is_dir()
+        if folder.name.removeprefix(PREFIX).isdecimal() and folder.is_dir()
     ]
     return sorted(found, key=lambda folder: int(folder.name.removeprefix(PREFIX)))
 
 
 def _sync(folder: Path) -> None:
-    """Make renames in a folder survive a power cut."""
+    """Make sure that renames in a folder are on the disk, so that a power cut undoes none."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

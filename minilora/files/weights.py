@@ -1,11 +1,19 @@
-"""Base weights from safetensors files: checked whole first, then read in the pieces one needs."""
+"""Base weights in safetensors files: all headers are checked first, then numbers are read in parts.
+
+What a rank reads is what it keeps. With ZeRO-3 DeepSpeed flattens every parameter and gives each
+rank one range of its elements, so a rank needs 1/N of every tensor on N ranks. A `TensorPart` is
+such a range together with the memory that it goes to: the rank's own partition of the parameter.
+The headers say where each tensor begins in its file, so reading a range is one seek and one read.
+No rank reads numbers for another one, none has a whole tensor in memory while it reads, and all of
+them together read each byte once. At lower stages every rank keeps whole tensors, and reads them.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +32,7 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 # The dtypes that Llama weights come in, by safetensors' names.
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-# Old exports carry the rotary frequencies, which follow from config.json.
+# Old exports also hold the rotary frequencies, which are computed from config.json here.
 DERIVED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 
 
@@ -40,7 +48,10 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A folder with a Llama in it whose files have been checked against its config.json."""
+    """A folder with a Llama in it whose files have been checked against its config.json.
+
+    tensors: by parameter name, in the order of `LlamaShape.parameter_shapes`.
+    """
 
     folder: Path
     shape: LlamaShape
@@ -48,6 +59,7 @@ class Checkpoint:
 
     @property
     def total_bytes(self) -> int:
+        """Size of all tensors in the dtypes of the files."""
         return sum(
             torch.Size(stored.shape).numel() * stored.dtype.itemsize
             for stored in self.tensors.values()
@@ -56,7 +68,10 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class TensorPart:
-    """Elements `start` to `start + len(destination)` of a flattened tensor, and where they go."""
+    """A range of the elements of one tensor, flattened, and the memory that it is read into.
+
+    The range is `start` to `start + len(destination)`. destination: one-dimensional, any dtype.
+    """
 
     name: str
     start: int
@@ -69,149 +84,183 @@ def read_checkpoint(config: ModelConfig) -> Checkpoint:
     Raises RequestError naming every file and tensor that is missing, surplus, cut short, outside
     the folder, or of another shape or dtype than config.json implies.
     """
-    folder, shape = config.folder, config.shape
-    problems: list[str] = []
+    folder = config.folder
+    names_by_file, problems = _weight_files(folder)
     tensors: dict[str, StoredTensor] = {}
-    for file, names in _files(folder, problems).items():
-        held = _read_header(file, problems)
-        if names is not None and held:
-            problems += [f"{file}: {name} is missing, though the index says it is here"
-                         for name in sorted(names - held.keys())]  # fmt: skip
-            problems += [f"{file}: {name} is here, but not in {INDEX}"
-                         for name in sorted(held.keys() - names)]  # fmt: skip
+    for file, indexed_names in names_by_file.items():
+        try:
+            held = _read_header(file)
+        except RequestError as error:
+            problems += error.problems
+            continue
+        if indexed_names is not None:
+            problems += shortened([*_index_problems(file, indexed_names, held.keys())])
         tensors.update(held)
-    expected = shape.parameter_shapes()
+
+    # If a file cannot be read, it is no news that its tensors are missing.
+    expected = config.shape.parameter_shapes()
     if not problems:
-        problems = shortened(_compare(tensors, expected, folder))
+        problems = shortened([*_shape_problems(tensors, expected, folder)])
     if problems:
         raise RequestError(problems)
-    return Checkpoint(folder, shape, {name: tensors[name] for name in expected})
+    return Checkpoint(folder, config.shape, {name: tensors[name] for name in expected})
 
 
-def read_parts(checkpoint: Checkpoint, pieces: Iterable[TensorPart]) -> int:
-    """Read each piece from its file straight into its destination, converting the dtype.
+def read_parts(checkpoint: Checkpoint, parts: Iterable[TensorPart]) -> int:
+    """Read each part from its file into its destination, converting the dtype.
 
-    Returns the bytes read. Host memory beside the destinations: the largest piece.
-    Raises RequestError if a file ended early or a weight is not finite.
+    Returns the number of bytes read. Host memory beside the destinations: the size of the largest
+    part. Raises RequestError if a file ended early or a weight is not finite.
     """
-    total, scratch = 0, torch.empty(0, dtype=torch.uint8)
+    bytes_read = 0
+    # One buffer serves all parts: memory that is fresh from the system costs more than reading.
+    buffer = torch.empty(0, dtype=torch.uint8)
     with ExitStack() as stack:
-        handles: dict[Path, BinaryIO] = {}
-        for piece in pieces:
-            stored = checkpoint.tensors[piece.name]
-            if stored.file not in handles:
-                handles[stored.file] = stack.enter_context(stored.file.open("rb", buffering=0))
-            size = piece.destination.numel() * stored.dtype.itemsize
-            if len(scratch) < size:
-                scratch = torch.empty(size, dtype=torch.uint8)  # fresh pages cost more than reading
-            numbers = scratch[:size].view(stored.dtype)
-            _read_numbers(handles[stored.file], stored, piece, numbers)
-            # NaN goes through minimum and maximum; isfinite() itself takes a hundred times as long.
+        opened: dict[Path, BinaryIO] = {}
+        for part in parts:
+            stored = checkpoint.tensors[part.name]
+            if stored.file not in opened:
+                opened[stored.file] = stack.enter_context(stored.file.open("rb", buffering=0))
+            size = part.destination.numel() * stored.dtype.itemsize
+            if len(buffer) < size:
+                buffer = torch.empty(size, dtype=torch.uint8)
+            numbers = buffer[:size].view(stored.dtype)
+            _read_numbers(opened[stored.file], stored, part, numbers)
+
+            # The least and the greatest number are NaN if any number is, and one of them is
+            # infinite if any is. Asking isfinite() of all numbers takes a hundred times as long.
             if not torch.stack(torch.aminmax(numbers)).isfinite().all():
-                raise RequestError([f"{stored.file}: {piece.name} holds NaN or infinite weights"])
-            piece.destination.copy_(numbers)
-            total += numbers.nbytes
-    return total
+                raise RequestError([f"{stored.file}: {part.name} holds NaN or infinite weights"])
+            part.destination.copy_(numbers)
+            bytes_read += size
+    return bytes_read
 
 
 def fingerprint(checkpoint: Checkpoint) -> str:
-    """Tells checkpoints apart: a digest of the final norm, which every fine-tune moves."""
+    """A digest that tells checkpoints apart: of the final norm, which every fine-tuning changes."""
     norm = torch.empty(checkpoint.shape.hidden_size)
     read_parts(checkpoint, [TensorPart("model.norm.weight", 0, norm)])
     return hashlib.sha256(norm.numpy().tobytes()).hexdigest()
 
 
-def _files(folder: Path, problems: list[str]) -> dict[Path, set[str] | None]:
-    """The weight files, each with the tensors that the index puts there (None without index)."""
+def _weight_files(folder: Path) -> tuple[dict[Path, set[str] | None], list[str]]:
+    """The weight files, each with the names that the index says are in it, and what is wrong.
+
+    The names are None where there is one file and no index.
+    """
     if not (folder / INDEX).exists():
-        if not (folder / SINGLE).exists():
-            problems.append(
-                f"{folder}: no {SINGLE} and no {INDEX}; weights are read from safetensors files"
-            )
-            return {}
-        return {folder / SINGLE: None}
+        if (folder / SINGLE).exists():
+            return {folder / SINGLE: None}, []
+        problem = f"no {SINGLE} and no {INDEX}; weights are read from safetensors files"
+        return {}, [f"{folder}: {problem}"]
     weight_map = read_json(folder / INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        problems.append(f"{folder / INDEX}: weight_map is missing or empty")
-        return {}
-    files: dict[Path, set[str] | None] = {}
+        return {}, [f"{folder / INDEX}: weight_map is missing or empty"]
+
+    names_by_file: dict[Path, set[str] | None] = {}
+    problems = []
     for name, file in weight_map.items():
+        # A downloaded index must not make this program open files elsewhere.
         if not isinstance(file, str) or Path(file).name != file or not file.strip("."):
             problems.append(f"{folder / INDEX}: {name} lies in {file!r}, outside the folder")
             continue
-        names = files.setdefault(folder / file, set())
+        names = names_by_file.setdefault(folder / file, set())
         assert names is not None
         names.add(name)
-    return files
+    return names_by_file, problems
 
 
-def _read_header(file: Path, problems: list[str]) -> dict[str, StoredTensor]:
-    """The tensors of one file; the library checks header, offsets and the file's length."""
+def _read_header(file: Path) -> dict[str, StoredTensor]:
+    """The tensors of one file, by name. Raises RequestError."""
     if not file.exists():
-        problems.append(f"{file}: no such file, though {INDEX} names it; download it again")
-        return {}
+        problem = f"no such file, though {INDEX} names it; download it again"
+        raise RequestError([f"{file}: {problem}"])
     if not _is_inside(file):
-        problems.append(f"{file}: leads out of its folder; put the file itself there")
-        return {}
+        raise RequestError([f"{file}: leads out of its folder; put the file itself there"])
+    shapes: dict[str, tuple[int, ...]] = {}
+    dtypes: dict[str, str] = {}
     try:
-        # For numpy, since for torch it maps the file writable, which a small machine refuses.
+        # The library checks the header, and that the tensors fill the file from end to end. It is
+        # asked for numpy: for torch it maps the file writable, which a small machine refuses.
         with safe_open(file, framework="np") as opened:
-            shapes = {
-                name: (tuple(part.get_shape()), part.get_dtype())
-                for name in opened.keys()  # noqa: SIM118 (not a mapping)
-                for part in (opened.get_slice(name),)
-            }
+            for name in opened.keys():  # noqa: SIM118 (not a mapping)
+                tensor = opened.get_slice(name)
+                shapes[name] = tuple(tensor.get_shape())
+                dtypes[name] = tensor.get_dtype()
+        # It does not tell where a tensor begins, so the header is read once more: 8 bytes with its
+        # size, then JSON with each tensor's offsets, which count from the end of the header.
         with file.open("rb") as raw:
-            size = int.from_bytes(raw.read(8), "little")
-            header = json.loads(raw.read(size))
+            header_size = int.from_bytes(raw.read(8), "little")
+            header = json.loads(raw.read(header_size))
     except (SafetensorError, OSError, ValueError) as error:
-        problems.append(f"{file}: not a whole safetensors file ({error}); download it again")
-        return {}
-    held = {}
-    for name, (shape, dtype) in shapes.items():
-        if dtype not in DTYPES:
-            problems.append(f"{file}: {name} is {dtype}; {', '.join(DTYPES)} can be read")
-            continue
-        start = 8 + size + int(header[name]["data_offsets"][0])
-        held[name] = StoredTensor(file, start, shape, DTYPES[dtype])
-    return held
+        problem = f"not a whole safetensors file ({error}); download it again"
+        raise RequestError([f"{file}: {problem}"]) from None
+
+    unreadable = [name for name in shapes if dtypes[name] not in DTYPES]
+    if unreadable:
+        known = ", ".join(DTYPES)
+        problems = [f"{file}: {name} is {dtypes[name]}; {known} can be read" for name in unreadable]
+        raise RequestError(shortened(problems))
+    data_start = 8 + header_size
+    return {
+        name: StoredTensor(
+            file, data_start + int(header[name]["data_offsets"][0]), shape, DTYPES[dtypes[name]]
+        )
+        for name, shape in shapes.items()
+    }
 
 
 def _is_inside(file: Path) -> bool:
     """Whether it is a plain file of its folder, or of the hub's cache that the folder is part of.
 
-    There snapshots/REVISION/NAME is a link to blobs/HASH.
+    In the cache snapshots/REVISION/NAME is a link to blobs/HASH.
     """
-    folder, target = file.parent.resolve(), file.resolve()
+    folder = file.parent.resolve()
+    target = file.resolve()
     in_cache = folder.parent.name == "snapshots" and target.parent == folder.parents[1] / "blobs"
     return target.is_file() and (target.parent == folder or in_cache)
 
 
-def _compare(
+def _index_problems(
+    file: Path, indexed_names: Iterable[str], held_names: Iterable[str]
+) -> Iterator[str]:
+    """Where the index and a file disagree about which tensors are in the file."""
+    for name in sorted({*indexed_names} - {*held_names}):
+        yield f"{file}: {name} is missing, though the index says it is here"
+    for name in sorted({*held_names} - {*indexed_names}):
+        yield f"{file}: {name} is here, but not in {INDEX}"
+
+
+def _shape_problems(
     tensors: Mapping[str, StoredTensor], expected: Mapping[str, tuple[int, ...]], folder: Path
-) -> list[str]:
-    problems = [f"{folder}: {name} is missing" for name in expected if name not in tensors]
+) -> Iterator[str]:
+    """Where the files hold other tensors than the model has. expected: each parameter's shape."""
+    for name in expected:
+        if name not in tensors:
+            yield f"{folder}: {name} is missing"
     for name, stored in tensors.items():
         if name not in expected:
-            # A tied head may be written out though it equals the embedding.
+            # A tied head may be stored although it equals the embedding; nothing of it is read.
             if name != "lm_head.weight" and not DERIVED.fullmatch(name):
-                problems.append(f"{stored.file}: {name} is not part of a Llama of this config.json")
+                yield f"{stored.file}: {name} is not part of a Llama of this config.json"
         elif stored.shape != expected[name]:
-            problems.append(
-                f"{stored.file}: {name} has shape {list(stored.shape)}, "
-                f"config.json implies {list(expected[name])}"
-            )
-    return problems
+            found, implied = list(stored.shape), list(expected[name])
+            yield f"{stored.file}: {name} has shape {found}, config.json implies {implied}"
 
 
 def _read_numbers(
-    handle: BinaryIO, stored: StoredTensor, piece: TensorPart, numbers: Tensor
+    opened: BinaryIO, stored: StoredTensor, part: TensorPart, numbers: Tensor
 ) -> None:
-    """Fill `numbers` with the piece's elements, flat, in the dtype of the file."""
-    handle.seek(stored.start + piece.start * stored.dtype.itemsize)
-    buffer, done = numbers.view(torch.uint8).numpy().data, 0
+    """Fill `numbers` with the elements of the part, flat, in the dtype of the file.
+
+    Raises RequestError if the file ends before.
+    """
+    opened.seek(stored.start + part.start * stored.dtype.itemsize)
+    buffer = numbers.view(torch.uint8).numpy().data
+    done = 0
+    # One call may read less than it is asked for, at most 2 GiB on Linux.
     while done < len(buffer):
-        count = handle.readinto(buffer[done:])  # type: ignore[attr-defined]
+        count = opened.readinto(buffer[done:])  # type: ignore[attr-defined]
         if not count:
-            raise RequestError([f"{stored.file}: ends inside {piece.name}; download it again"])
+            raise RequestError([f"{stored.file}: ends inside {part.name}; download it again"])
         done += count

@@ -6,12 +6,12 @@ The adapter that is left at the end, and early stopping, go by it.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from minilora.files.adapter import WEIGHTS
-from minilora.settings.errors import RequestError
+from minilora.files.snapshot import restored
 from minilora.settings.settings import TrainSettings
 
 
@@ -66,9 +66,7 @@ def best_before(
     if not saved or snapshot is None or train.eval_strategy == "no":
         return fresh, []
 
-    if saved.keys() != {item.name for item in fields(Best)}:
-        raise RequestError([f"{snapshot}: not a snapshot of this version of minilora"])
-    best = Best(**saved)
+    best = restored(Best, saved, snapshot)
     fresh = replace(fresh, validation_pending=best.validation_pending)
     if not best.step:
         return fresh, []

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from minilora.data.datasets import read_conversations
 from minilora.data.tokenizer import load_tokenizer
-from minilora.files.adapter import CONFIG, read_adapter, read_adapter_shape
+from minilora.files.adapter import read_adapter
+from minilora.files.adapter_config import CONFIG, read_adapter_shape
 from minilora.files.deepspeed_file import Facts, read_deepspeed_files
 from minilora.files.model_config import ModelConfig, read_model_config
 from minilora.files.output_folder import check_room

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from minilora.data.documents import Documents
 from minilora.data.schedule import Schedule
 from minilora.data.steps import Place, TileLimits
+from minilora.files.adapter import AdapterBase
 from minilora.files.snapshot import State
 from minilora.model.lora_shape import LoraShape
 from minilora.processes.world import World
@@ -23,6 +24,7 @@ class Job:
 
     settings: what the user asked for; limits: how the step is cut, as the memory plan decided
     schedule: of the training documents; validation: empty or absent where nothing is validated
+    base: the base model's folder, and the tokenizer files that go beside each adapter
     start: where the run stood when it began, which is step 0 unless it resumed
     """
 
@@ -34,6 +36,7 @@ class Job:
     schedule: Schedule
     limits: TileLimits
     lora: LoraShape
+    base: AdapterBase
     start: State
     log: Report
 

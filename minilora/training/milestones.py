@@ -75,7 +75,7 @@ def after_step(job: Job, state: State, best: Best, signal_number: int) -> Best:
     improved = train.load_best_model_at_end and best.step == state.step
     due = is_due(job, state.step, train.save_strategy, train.save_steps)
     if due or improved or signal_number:
-        state = replace(state, totals=vars(job.log.totals), best=vars(best))
+        state = replace(state, log_totals=vars(job.log.totals), best=vars(best))
         write_checkpoint(job, state, to_resume=signal_number > 0)
 
     if signal_number:
@@ -149,7 +149,7 @@ def write_checkpoint(job: Job, state: State, to_resume: bool = False) -> None:
         moments = dict(job.engine.moments())
 
     def write() -> None:
-        folder = write_snapshot(output, state, adapter, moments, job.lora, job.settings.base)
+        folder = write_snapshot(output, state, adapter, moments, job.lora, job.base)
         check_adapter(folder, adapter)
         prune(output, train.save_total_limit, folder, Path(state.best["folder"]))
 
@@ -169,7 +169,7 @@ def finish(job: Job, best: Best) -> None:
             job.log.message(f"best: step {best.step}, with {metric} {best.value:.6g}")
 
         check_learned(adapter)
-        write_adapter(output, adapter, job.lora, job.settings.base)
+        write_adapter(output, adapter, job.lora, job.base)
         check_adapter(output, adapter)
 
     job.on_rank0(write)

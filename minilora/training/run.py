@@ -13,6 +13,7 @@ import torch
 from minilora import __version__
 from minilora.data.schedule import Schedule
 from minilora.data.steps import TileLimits
+from minilora.files.adapter import read_adapter_base
 from minilora.files.output_folder import claimed
 from minilora.files.snapshot import State, last_snapshot
 from minilora.memory.in_a_run import Forecast, OutOfMemory, foresee
@@ -76,6 +77,7 @@ def run_in(world: World, request: CheckedRequest, times: StartupTimes) -> None:
     documents, validation, notes = shared_documents(world, settings, shape)
     with world.agreed():
         start = starting_point(request, documents, validation)
+        base = read_adapter_base(settings.base)
     done = (start.state.step, start.state.rows)
     schedule = Schedule.of(documents.lengths, settings, world.size, shape.break_even_length, done)
     times.done("tokens")
@@ -96,7 +98,7 @@ def run_in(world: World, request: CheckedRequest, times: StartupTimes) -> None:
             world, start.notes, facts(request, engine, schedule, decided.keep_blocks), [str(times)]
         )
 
-        totals = Totals(**start.state.totals)
+        totals = Totals(**start.state.log_totals)
         log = Report(settings.train, schedule.total_steps, world.rank == 0, totals)
         with log:
             job = Job(
@@ -108,6 +110,7 @@ def run_in(world: World, request: CheckedRequest, times: StartupTimes) -> None:
                 schedule=schedule,
                 limits=TileLimits(settings.train.tile_tokens, decided.gather_tokens),
                 lora=request.lora,
+                base=base,
                 start=about(start.state, world, engine, settings),
                 log=log,
             )
@@ -131,7 +134,7 @@ def about(state: State, world: World, engine: Engine, settings: Settings) -> Sta
         "settings": settings.to_dict(),
         "versions": {"minilora": __version__, "torch": torch.__version__},
     }
-    return replace(state, info=info)
+    return replace(state, about=info)
 
 
 def tell(world: World, *groups: Iterable[str]) -> None:
@@ -142,7 +145,7 @@ def tell(world: World, *groups: Iterable[str]) -> None:
 
 def resumes_from(start: StartingPoint, schedule: Schedule) -> str:
     """One line about the snapshot that a run resumes from."""
-    info, reached = start.state.info, f"step {start.state.step} of {schedule.total_steps}"
+    info, reached = start.state.about, f"step {start.state.step} of {schedule.total_steps}"
     return (
         f"going on from {start.snapshot}, {reached} ({info['ranks']} ranks, ZeRO-{info['stage']})"
     )

@@ -8,8 +8,16 @@ from pathlib import Path
 from torch import Tensor
 
 from minilora.data.documents import Documents
-from minilora.files.snapshot import State, differences, find_snapshot, read_state, read_tensors
+from minilora.files.snapshot import (
+    State,
+    differences,
+    find_snapshot,
+    read_state,
+    read_tensors,
+    restored,
+)
 from minilora.files.weights import fingerprint
+from minilora.report.run_log import Totals
 from minilora.settings.errors import RequestError
 from minilora.training.best_model import best_before
 from minilora.training.checks import CheckedRequest
@@ -73,6 +81,7 @@ def starting_point(
     if folder is None:
         return StartingPoint(None, state, {}, notes)
 
+    restored(Totals, state.log_totals, folder)  # refused now, not when the log is opened
     problems = differences(state, same, folder)
     if problems:
         raise RequestError(problems)

@@ -188,7 +188,7 @@ def test_what_no_adapter_touches_is_the_same_to_the_byte(base: Path, tmp_path: P
 def test_one_file_of_large_tensors_without_an_index(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: dict[str, Any]
 ) -> None:
-    monkeypatch.setattr("minilora.files.export.CHUNK", 2**18)  # the head has 2**20 bytes
+    monkeypatch.setattr("minilora.files.merging.CHUNK", 2**18)  # the head has 2**20 bytes
     folder = tmp_path / "base"
     shape = TinyShape(hidden=512, intermediate=5000, layers=1, dtype="float32", shard_bytes=10**9)
     write_tiny(folder, shape)  # its MLP is merged in several chunks

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from minilora.files.adapter import (
-    CONFIG,
     WEIGHTS,
     check_adapter,
     read_adapter,
-    read_adapter_shape,
+    read_adapter_base,
     write_adapter,
 )
+from minilora.files.adapter_config import CONFIG, read_adapter_shape
 from minilora.files.model_config import read_model_config
-from minilora.files.snapshot import STATE, TENSORS, State, write_snapshot
 from minilora.files.weights import TensorPart, read_checkpoint, read_parts
 from minilora.model.llama import Llama
 from minilora.model.lora import inject, lora_parameters
@@ -47,7 +47,7 @@ def written(tiny: Path, tmp_path: Path) -> tuple[Path, LoraShape, dict[str, Tens
     lora = LoraShape(3, 12, 0.0, TARGETS)
     shapes = lora.parameter_shapes(read_checkpoint(read_model_config(tiny)).shape)
     tensors = {name: torch.randn(shape) * 0.3 for name, shape in shapes.items()}
-    write_adapter(tmp_path / "adapter", tensors, lora, tiny)
+    write_adapter(tmp_path / "adapter", tensors, lora, read_adapter_base(tiny))
     return tmp_path / "adapter", lora, tensors
 
 
@@ -101,37 +101,32 @@ def test_the_tokenizer_is_kept_beside_the_adapter(tmp_path: Path) -> None:
     base.mkdir()
     for name in files:
         (base / name).write_text(name)
-    write_adapter(tmp_path / "out", {}, LoraShape(3, 12, 0.0, TARGETS), base)
+    write_adapter(tmp_path / "out", {}, LoraShape(3, 12, 0.0, TARGETS), read_adapter_base(base))
     held = {path.name: path.read_text() for path in (tmp_path / "out").iterdir()}
     assert held.keys() == {*files, WEIGHTS, CONFIG}
     assert all(held[name] == name for name in files)
 
 
-def test_a_power_cut_leaves_whole_files_and_no_half_snapshot(
-    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    written: tuple[Path, LoraShape, dict[str, Tensor]],
-) -> None:  # fmt: skip
-    """What was renamed was whole on the disk before; what makes a folder valid comes last."""
-    synced, renamed, sync, replace = {}, [], os.fsync, os.replace
+def test_the_tokenizer_is_read_once_for_all_adapters_of_a_run(tiny: Path, tmp_path: Path) -> None:
+    """What becomes of the base's files while a run goes on changes none of its adapters."""
+    folder = Path(shutil.copytree(tiny, tmp_path / "base"))
+    base = read_adapter_base(folder)
+    before = {name: (tiny / name).read_bytes() for name in base.tokenizer_files}
+    shutil.rmtree(folder)
+    for out in (tmp_path / "one", tmp_path / "two"):
+        write_adapter(out, {}, LoraShape(3, 12, 0.0, TARGETS), base)
+        assert {name: (out / name).read_bytes() for name in before} == before
+    assert read_adapter_base(folder).tokenizer_files == {}
 
-    def noted_sync(handle: int) -> None:
-        synced[Path(f"/proc/self/fd/{handle}").resolve()] = os.fstat(handle).st_size
-        sync(handle)
 
-    def noted_replace(old: Path, new: Path) -> None:
-        renamed.append((old, new))
-        if old.is_file():
-            assert synced[old] == old.stat().st_size > 0, old
-        replace(old, new)
-
-    monkeypatch.setattr(os, "fsync", noted_sync)
-    monkeypatch.setattr(os, "replace", noted_replace)
-    _, lora, tensors = written
-    state = State(5, 60, {}, {}, {}, {})
-    folder = write_snapshot(tmp_path / "out", state, tensors, {"moment": torch.ones(2)}, lora, tiny)
-    names = [new.name for _, new in renamed]
-    assert names[0] == WEIGHTS and names[-4:] == [CONFIG, TENSORS, STATE, "checkpoint-5"]
-    assert [*synced][-1] == folder.parent, "the rename itself"
+def test_a_tokenizer_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "tokenizer.json")
+    with pytest.raises(RequestError, match="tokenizer.json: not a plain file"):
+        read_adapter_base(tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
+    (tmp_path / "tokenizer_config.json").symlink_to("/proc/self/mem")
+    with pytest.raises(RequestError, match="tokenizer_config.json: input/output error"):
+        read_adapter_base(tmp_path)
 
 
 def test_reading_gives_back_what_was_written(
@@ -152,6 +147,7 @@ def test_reading_gives_back_what_was_written(
         ("r", 0, "r is 0"),
         ("r", "16", "r is '16'"),
         ("lora_alpha", None, "lora_alpha is None"),
+        ("lora_alpha", 10**400, "; a positive number is needed"),
         ("lora_bias", True, "lora_bias = True is not read here"),
         ("bias", "all", "bias = 'all'"),
         ("modules_to_save", ["norm"], "norm cannot be trained whole; embed_tokens, lm_head can"),
@@ -225,7 +221,7 @@ def test_the_check_after_writing_finds_every_fault(
             check_adapter(folder, tensors)
     for wrong in (torch.full((3, 32), torch.nan), torch.empty(0)):
         broken = {**tensors, next(iter(tensors)): wrong}
-        write_adapter(folder, broken, written[1], folder)
+        write_adapter(folder, broken, written[1], read_adapter_base(folder))
         with pytest.raises(RunError, match="empty or not finite"):
             check_adapter(folder, broken)
     (folder / WEIGHTS).write_bytes(b"")

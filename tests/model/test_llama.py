@@ -15,7 +15,6 @@ from minilora.model.llama import Llama
 from minilora.model.lora import LoraLinear, inject, lora_parameters
 from minilora.model.lora_shape import LoraShape
 from minilora.model.rope import rotation
-from minilora.settings.errors import RequestError
 from tests.support.models import LLAMA3_ROPE, ours, random_llama, tiles_of
 from tests.support.oracle import TARGETS, base_model, document_loss_sum, ours_to_peft, with_lora
 
@@ -157,33 +156,6 @@ def test_only_targeted_layers_become_lora() -> None:
     inject(model, LoraShape(2, 4, 0.0, ("v_proj",)), seed=0)
     found = {name for name, module in model.named_modules() if isinstance(module, LoraLinear)}
     assert found == {"model.layers.0.self_attn.v_proj", "model.layers.1.self_attn.v_proj"}
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"model_type": "qwen2"}, "only `llama`"),
-        ({"num_key_value_heads": 3}, "must divide 4 attention heads"),
-        ({"hidden_size": "32"}, "hidden_size is '32'"),
-        ({"rope_scaling": {"rope_type": "yarn"}}, "rope_type is 'yarn'"),
-        ({"rope_scaling": {"type": "llama3"}}, "factor is None"),
-        ({"hidden_act": "gelu"}, "Llama uses `silu`"),
-        ({"head_dim": 7}, "even size"),
-    ],
-)
-def test_a_config_of_another_model_is_refused(changes: dict[str, object], message: str) -> None:
-    config = {**random_llama().config.to_dict(), "rope_parameters": None, "rope_theta": 1e4}
-    with pytest.raises(RequestError, match=message):
-        shape_from_config({**config, **changes})
-
-
-def test_hub_form_and_transformers5_form_mean_the_same() -> None:
-    new = random_llama().config.to_dict()
-    old = {key: value for key, value in new.items() if key != "rope_parameters"}
-    scaling = {key: value for key, value in LLAMA3_ROPE.items() if key != "rope_theta"}
-    old |= {"rope_theta": 500000.0, "rope_scaling": scaling}
-    assert shape_from_config(old) == shape_from_config(new)
-    assert shape_from_config(new).rope.factor == 8.0
 
 
 def test_a_checkpoint_on_disk_gives_transformers_logits(tiny: Path, tiny_tied: Path) -> None:

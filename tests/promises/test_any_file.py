@@ -21,7 +21,8 @@ from minilora.data.chat import make_template
 from minilora.data.conversations import Conversation
 from minilora.data.datasets import Tally, read_conversations
 from minilora.data.tokenizer import load_tokenizer
-from minilora.files.adapter import CONFIG, WEIGHTS, read_adapter, read_adapter_shape
+from minilora.files.adapter import WEIGHTS, read_adapter
+from minilora.files.adapter_config import CONFIG, read_adapter_shape
 from minilora.files.deepspeed_file import Facts, resolve_ds_config
 from minilora.files.model_config import read_model_config
 from minilora.files.snapshot import STATE, TENSORS, differences, read_state, read_tensors
@@ -184,6 +185,25 @@ FILES = [
     "config.json", INDEX, CONFIG, STATE, "ds.json", "tokenizer_config.json", "tokenizer.json",
     "special_tokens_map.json", "generation_config.json",
 ]  # fmt: skip
+# What lies in those that the tiny checkpoint has not.
+MADE = {
+    INDEX: {"weight_map": {"x": SINGLE}},
+    CONFIG: {"r": 4, "lora_alpha": 8, "peft_type": "LORA", "target_modules": ["q_proj"]},
+    STATE: {
+        "step": 1,
+        "rows": 1,
+        "log_totals": {},
+        "must_match": {"lora": {}},
+        "about": {"written": 1.0},
+        "best": {},
+    },
+    "ds.json": {
+        "zero_optimization": {"stage": 3},
+        "bf16": {"enabled": "auto"},
+        "fp16": {},
+        "optimizer": {"params": {}},
+    },
+}
 
 
 @any_file
@@ -192,10 +212,7 @@ def test_any_json(model: Path, data: st.DataObject, name: str) -> None:
     """Files of a checkpoint, an adapter, a snapshot and DeepSpeed with some values replaced."""
     path = model / name
     whole = path.read_bytes() if path.exists() else None
-    known = json.loads(whole) if whole else {"r": 4, "lora_alpha": 8, "peft_type": "LORA",
-        "target_modules": ["q_proj"], "weight_map": {"x": SINGLE}, "step": 1, "rows": 1,
-        "totals": {}, "same": {}, "info": {}, "zero_optimization": {"stage": 3},
-        "bf16": {"enabled": "auto"}, "fp16": {}, "optimizer": {"params": {}}}  # fmt: skip
+    known = json.loads(whole) if whole else MADE[name]
     changes = data.draw(st.dictionaries(st.sampled_from(sorted(known) + ["x"]), values, max_size=3))
     path.write_text(json.dumps({**known, **changes}))
     try:
@@ -205,7 +222,7 @@ def test_any_json(model: Path, data: st.DataObject, name: str) -> None:
         lora = found_or_refused(
             lambda: read_adapter_shape(model, read_model_config(model).shape, 0.0)
         )
-        found_or_refused(lambda: differences(read_state(model), {"lora": {}}, model))
+        state = found_or_refused(lambda: read_state(model))
         engine = found_or_refused(
             lambda: resolve_ds_config(model / "ds.json", TrainSettings(), facts)
         )
@@ -213,6 +230,12 @@ def test_any_json(model: Path, data: st.DataObject, name: str) -> None:
         assert template is None or template.stop_ids
         assert lora is None or lora.rank > 0
         assert engine is None or "optimizer" not in engine
+        if state is not None:
+            differ = state.must_match.get("lora") != {}
+            assert len(differences(state, {"lora": {}}, model)) == differ
+            assert type(state.step) is int
+        if name == STATE:
+            assert (state is not None) or changes, "as it is made it can be read"
     finally:
         path.unlink()
         if whole is not None:

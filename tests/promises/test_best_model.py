@@ -14,10 +14,8 @@ from typing import Any
 import pytest
 import torch
 from transformers import EarlyStoppingCallback, Trainer, TrainerControl, TrainerState
-from transformers.trainer_utils import rotate_checkpoints
 
 from minilora.files.adapter import WEIGHTS
-from minilora.files.snapshot import prune
 from minilora.settings.command_line import read_settings
 from minilora.settings.errors import RequestError
 from minilora.settings.settings import TrainSettings
@@ -137,23 +135,6 @@ def test_best_and_patience_are_those_of_the_trainer(greater: bool) -> None:
             if best.step:
                 assert (best.value, best.folder) == (now, f"checkpoint-{best.step}")
                 assert best.validations_without_gain == callback.early_stopping_patience_counter
-
-
-def test_what_is_pruned_is_what_the_trainer_prunes(tmp_path: Path) -> None:
-    for keep in (None, 1, 2, 3):
-        for best in (None, 2, 4, 8):
-            kept = []
-            for place in ("ours", "theirs"):
-                folder = tmp_path / f"{keep}-{best}-{place}"
-                for step in (2, 4, 6, 8):
-                    (folder / f"checkpoint-{step}").mkdir(parents=True)
-                found = None if best is None else folder / f"checkpoint-{best}"
-                if place == "ours":
-                    prune(folder, keep, folder / "checkpoint-8", found)
-                else:
-                    rotate_checkpoints(str(folder), keep, found and str(found))
-                kept.append({path.name for path in folder.iterdir()})
-            assert kept[0] == kept[1], (keep, best)
 
 
 def test_what_is_left_of_the_best_when_going_on(tmp_path: Path) -> None:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,43 +14,22 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from minilora.files.adapter import WEIGHTS, write_adapter
+from minilora.files.adapter import WEIGHTS, read_adapter_base, write_adapter
 from minilora.files.model_config import read_model_config
-from minilora.files.output_folder import check_room, claimed, is_claimed
+from minilora.files.output_folder import LOCK, is_claimed
 from minilora.files.snapshot import (
-    DRAFT,
     PREFIX,
     find_snapshot,
-    prune,
     read_state,
     read_tensors,
 )
 from minilora.files.weights import INDEX
 from minilora.model.lora_shape import LoraShape
-from minilora.settings.errors import RequestError
 from minilora.training.engine import MOMENTS
 from tests.support.fault_cases import Results, case, fault, run_cases
 from tests.support.runs import Ground, stage_file
 
 PATIENCE = 4  # ddp_timeout of the cases that wait for it
-
-
-@pytest.fixture(scope="session")
-def tmpfs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Path | None]]:
-    """Mounts small file systems in memory; gives None where that is not allowed."""
-    mounted: list[Path] = []
-
-    def mount(size: str) -> Path | None:
-        folder = tmp_path_factory.mktemp("tmpfs")
-        words = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
-        if os.geteuid() or subprocess.run(words, capture_output=True).returncode:
-            return None
-        mounted.append(folder)
-        return folder
-
-    yield mount
-    for folder in mounted:
-        subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 def great_adapter(ground: Ground) -> Path:
@@ -61,7 +39,7 @@ def great_adapter(ground: Ground) -> Path:
     lora = LoraShape(4, 4 * 10**9, 0.0, ("q_proj",))
     shapes = lora.parameter_shapes(shape)
     tensors = {name: torch.full(size, 1e35 * name.endswith("A")) for name, size in shapes.items()}
-    write_adapter(folder, tensors, lora, ground.models["tiny"])
+    write_adapter(folder, tensors, lora, read_adapter_base(ground.models["tiny"]))
     return folder
 
 
@@ -226,41 +204,13 @@ def test_a_weight_that_is_not_finite_is_named_though_another_rank_reads_it(
     assert ".safetensors: lm_head.weight holds NaN or infinite weights" in only_message(result)
 
 
-def test_two_runs_never_share_a_folder(results: Results, tmp_path: Path) -> None:
+def test_two_runs_never_share_a_folder(results: Results) -> None:
     result = results["in use"]
     assert result["codes"] == [2]
     assert re.search(r"is in use by process # +on .*; name another folder", only_message(result))
-    with claimed(tmp_path):
-        with pytest.raises(RequestError, match=f"in use by process {os.getpid()} on"):
-            with claimed(tmp_path):
-                pass
-        assert is_claimed(tmp_path)
-    with claimed(tmp_path):  # what is over claims nothing
-        pass
-    assert not is_claimed(tmp_path)
 
 
-def test_output_dir_needs_room_and_leave_to_write(
-    tmpfs: Callable[[str], Path | None], tmp_path: Path
-) -> None:
-    (tmp_path / "file").touch()
-    with pytest.raises(RequestError, match="output_dir: .*/file is a file"):
-        check_room(tmp_path / "file" / "out", 0)
-    check_room(tmp_path / "new" / "out", 1000)
-    assert not (tmp_path / "new").exists(), "checking leaves nothing behind"
-    if (small := tmpfs("64k")) is None:
-        pytest.skip("mounting a file system needs root")
-    with pytest.raises(RequestError, match="has 6.6e-05 GB free, 3 snapshots .* need 0.012 GB"):
-        check_room(small / "out", 10**6)
-    subprocess.run(["mount", "-o", "remount,ro", str(small)], check=True)
-    for refuse in (lambda: check_room(small / "out", 0), claimed(small / "out").__enter__):
-        with pytest.raises(RequestError, match=f"output_dir: {small}.* cannot be written"):
-            refuse()
-
-
-def test_leftovers_of_an_earlier_run_go_first(tmp_path: Path) -> None:
-    for step in (2, 4, 900):
-        (tmp_path / f"{PREFIX}{step}").mkdir()
-    (tmp_path / f"{PREFIX}6{DRAFT}").mkdir()
-    prune(tmp_path, 2, tmp_path / f"{PREFIX}4")
-    assert {path.name for path in tmp_path.iterdir()} == {f"{PREFIX}2", f"{PREFIX}4"}
+def test_only_a_run_that_ends_in_good_order_leaves_no_lock(results: Results) -> None:
+    for name, killed in (("slow", False), ("asked", False), ("first killed", True)):
+        output = Path(results[name]["job"]["output_dir"])
+        assert (output / LOCK).exists() == is_claimed(output) == killed, name

@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from minilora.files.snapshot import DRAFT, PREFIX, STATE, TENSORS, find_snapshot, prune
+from minilora.files.snapshot import DRAFT, STATE, TENSORS
 from tests.support.runs import Ground, adapter, log, run_jobs, stage_file
 
 KILLS = Path(__file__).parents[1] / "support/kills.py"
@@ -208,28 +208,3 @@ def test_a_draft_or_a_broken_snapshot_is_not_gone_on_from(
     assert f"checkpoint-3/{TENSORS}: cannot be read" in refused(launch, settings)
     nowhere = {**settings, "resume_from_checkpoint": str(broken / "checkpoint-9")}
     assert f"holds no {STATE}" in refused(launch, nowhere)
-
-
-def test_the_newest_snapshot_is_found_by_its_number_if_it_can_be_gone_on_from(
-    tmp_path: Path,
-) -> None:
-    """After 9 comes 10; 11 is an adapter alone, 12 a file, 13 a draft."""
-    for name in ("9", "10", "11", f"13{DRAFT}"):
-        (tmp_path / f"{PREFIX}{name}").mkdir()
-        if name != "11":
-            (tmp_path / f"{PREFIX}{name}" / STATE).touch()
-    (tmp_path / f"{PREFIX}12").touch()
-    assert find_snapshot(tmp_path, "true") == tmp_path / f"{PREFIX}10"
-    prune(tmp_path, 1, tmp_path / f"{PREFIX}11")
-    assert {path.name for path in tmp_path.iterdir()} == {f"{PREFIX}11", f"{PREFIX}12"}
-
-
-def test_the_newest_snapshot_is_the_one_written_last(tmp_path: Path) -> None:
-    """An earlier run in the folder got to step 900; a copy gives every file another time."""
-    for step, info in ((900, {"written": 1.0}), (950, {}), (3, {"written": 2.0}), (2, {})):
-        folder = tmp_path / f"{PREFIX}{step}"
-        folder.mkdir()
-        (folder / STATE).write_text(json.dumps({"info": info}))
-    assert find_snapshot(tmp_path, "true") == tmp_path / f"{PREFIX}3"
-    (tmp_path / f"{PREFIX}2" / STATE).write_text("{")
-    assert find_snapshot(tmp_path, "true") == tmp_path / f"{PREFIX}2", "broken: never in silence"
