@@ -1,0 +1,1 @@
+"""What docs/figures.py draws with: a canvas, the numbers, and the figures by their subject."""
