@@ -19,11 +19,13 @@ from minilora.data.prepare import prepare
 from minilora.data.schedule import Schedule
 from minilora.data.steps import Place, Span, TileLimits, build_step
 from minilora.files.adapter import WEIGHTS, stored_name
-from minilora.files.weights import read_config
+from minilora.files.deepspeed_file import Facts, read_deepspeed_files
+from minilora.files.model_config import read_model_config
 from minilora.memory.job import MemoryJob
 from minilora.memory.peak import CONTEXT, GIB, NCCL, SLACK, Budget, budget
+from minilora.memory.ways import asked_way
 from minilora.memory.zero3_gathers import Gathers, in_order
-from minilora.plan import USABLE, asked_for
+from minilora.plan import USABLE
 from minilora.settings.command_line import read_settings
 from minilora.tiny.checkpoint import write_tiny
 
@@ -42,7 +44,11 @@ def article() -> Job:
         str(ROOT / "examples/llama31_8b_7x4090.yaml"),
         *("--model_name_or_path", str(ROOT / "examples/llama-3.1-8b")),
     ]
-    asked, _ = asked_for(read_settings(words, "train"), RANKS, bf16=True)
+    settings = read_settings(words, "train")
+    shape = read_model_config(settings.base).shape
+    facts = Facts(RANKS, shape.hidden_size, bf16=True)
+    ds_configs = read_deepspeed_files(settings.train, facts)
+    asked, _ = asked_way(settings, shape, ds_configs, RANKS, on_gpu=True)
     return asked.setup
 
 
@@ -246,16 +252,17 @@ def sample() -> Sample:
     with tempfile.TemporaryDirectory() as tiny:
         write_tiny(tiny)
         settings = read_settings([*words, "--model_name_or_path", tiny], "train")
-        prepared, (_, shape) = prepare(settings, colour=False), read_config(Path(tiny))
+        shape = read_model_config(settings.base).shape
+        prepared = prepare(settings, shape, colour=False)
     data, documents = settings.data, prepared.documents
     conversations, _ = read_conversations(data.dataset, data, settings.method.stage)
     ids, trained = documents[ROW]
 
-    rows = Schedule.of(documents.lengths, settings, DEMO_RANKS).rows(0)
-    places = [Place(rank, DEMO_RANKS, shape.even_length) for rank in range(DEMO_RANKS)]
+    schedule = Schedule.of(documents.lengths, settings, DEMO_RANKS, shape.break_even_length)
+    rows, limits = schedule.rows(0), TileLimits(DEMO_TILE)
     deal = [
-        build_step(documents, rows, step=0, place=place, limits=TileLimits(DEMO_TILE), seed=0)
-        for place in places
+        build_step(documents, rows, 0, schedule, Place(rank, DEMO_RANKS), limits)
+        for rank in range(DEMO_RANKS)
     ]
     (rank,) = (rank for rank, step in enumerate(deal) if ROW in step.local_rows)
     (span,) = deal[rank].spans

@@ -77,6 +77,8 @@ def parse(program: str, words: list[str]) -> None:
             args = importlib.import_module("torch.distributed.run").parse_args(words)
             assert args.module, f"{args.training_script}: -m is missing"
             parse_module(args.training_script, args.training_script_args)
+        case "python", ["docs/figures.py"]:
+            pass
         case "python", ["-m", module, *rest]:
             parse_module(module, rest)
         case "source", [".venv/bin/activate"]:
