@@ -106,7 +106,7 @@ def matmul_milliseconds(size: Size, device: str, dtype: torch.dtype) -> float:
     side = 2048 if device == "cpu" else 8192
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     took = median(milliseconds(lambda: a @ b, device) for _ in range(5))
-    return took * TOKENS * 4 * size.shape.matrices / (2 * side**3)
+    return took * TOKENS * 4 * size.shape.matrix_elements / (2 * side**3)
 
 
 def measured(leaf: Leaf, device: str, matmuls: float) -> dict[str, Any]:

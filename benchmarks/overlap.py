@@ -59,10 +59,10 @@ class Watch:
             block._forward_tile = self._noting(block._forward_tile, index)  # type: ignore[assignment]
 
     def _noting(self, function: Any, index: int) -> Any:
-        def noting(hidden: torch.Tensor, tile: Rows, unread: bool = False) -> torch.Tensor:
-            moment = ("backward" if unread else "forward", index)
+        def noting(hidden: torch.Tensor, tile: Rows) -> torch.Tensor:
+            moment = ("backward" if tile.graph_only else "forward", index)
             self.begun.setdefault(moment, self.under_way)
-            found: torch.Tensor = function(hidden, tile, unread)
+            found: torch.Tensor = function(hidden, tile)
             self.ended[moment] = self.under_way
             return found
 

@@ -120,7 +120,7 @@ class Size:
         """
         shape = self.shape
         square = self.layers * 2 * length * shape.num_heads * shape.head_dim
-        return length * (4 * shape.matrices + 3.5 * square + 6 * self.lora.size(shape))
+        return length * (4 * shape.matrix_elements + 3.5 * square + 6 * self.lora.size(shape))
 
 
 SIZES = {

@@ -20,26 +20,45 @@ def causal_attention(
 
     query: (N, H, E); key, value: (N, K, E), K dividing H; lengths: tokens of each document, sum N;
     boundaries: (documents + 1,) int32, the running sum of lengths from 0. Returns (N, H, E).
-    Half precision off the CPU takes torch's varlen kernel where that has the head size (a multiple
-    of 8 up to 256: mha_varlen_fwd in torch's flash_api.cpp), all else one SDPA call per document.
+    Where torch has a kernel for documents of various lengths, it computes all of them in one call;
+    elsewhere each document is a call of scaled_dot_product_attention (SDPA).
     """
-    away, size = query.device.type != "cpu", query.shape[-1]
-    if away and query.dtype in (torch.bfloat16, torch.float16) and size % 8 == 0 and size <= 256:
+    if _has_varlen_kernel(query):
         return _varlen(query, key, value, boundaries, max(lengths))
-    if away and query.dtype == torch.float32:
-        # Of torch's GPU kernels in fp32, only the one that makes all N x N scores takes groups.
-        groups = query.shape[1] // key.shape[1]
-        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    # Not slices: the gradient of each would be a whole (N, H, E), zero but for its own rows.
-    documents = (torch.split(x, list(lengths)) for x in (query, key, value))
-    return torch.cat([_attend_document(*each) for each in zip(*documents, strict=True)])
+
+    if query.device.type != "cpu" and query.dtype == torch.float32:
+        # Torch's memory-efficient kernel in fp32 wants as many key heads as query heads. Given
+        # fewer, SDPA would fall back to the kernel that makes all N x N scores.
+        group = query.shape[1] // key.shape[1]
+        key = key.repeat_interleave(group, 1)  # (N, H, E)
+        value = value.repeat_interleave(group, 1)  # (N, H, E)
+
+    # torch.split and not slices: in backward each slice would make a gradient of the whole size,
+    # (N, H, E), which is zero outside of its own rows.
+    documents = zip(
+        torch.split(query, list(lengths)),
+        torch.split(key, list(lengths)),
+        torch.split(value, list(lengths)),
+        strict=True,
+    )
+    return torch.cat([_attend_document(*document) for document in documents])
+
+
+def _has_varlen_kernel(query: Tensor) -> bool:
+    """Off the CPU, in half precision, for head sizes that are a multiple of 8 up to 256.
+
+    Those are the conditions of mha_varlen_fwd in torch's flash_api.cpp.
+    """
+    head_dim = query.shape[-1]
+    half = query.dtype in (torch.bfloat16, torch.float16)
+    return query.device.type != "cpu" and half and head_dim % 8 == 0 and head_dim <= 256
 
 
 def _attend_document(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    attended = F.scaled_dot_product_attention(  # over (1, heads, N, E)
-        query.transpose(0, 1).unsqueeze(0),
-        key.transpose(0, 1).unsqueeze(0),
-        value.transpose(0, 1).unsqueeze(0),
+    attended = F.scaled_dot_product_attention(
+        query.transpose(0, 1).unsqueeze(0),  # (1, H, N, E)
+        key.transpose(0, 1).unsqueeze(0),  # (1, K, N, E)
+        value.transpose(0, 1).unsqueeze(0),  # (1, K, N, E)
         is_causal=True,
         enable_gqa=True,
     )
@@ -47,16 +66,20 @@ def _attend_document(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 def _varlen(query: Tensor, key: Tensor, value: Tensor, boundaries: Tensor, longest: int) -> Tensor:
+    """All documents in one call. Causality is spelled in two ways, by torch's version."""
     from torch.nn.attention.varlen import varlen_attn  # needs CUDA kernels
 
     accepted = inspect.signature(varlen_attn).parameters
-    # Causality is spelled is_causal in torch 2.10 and window_size=(-1, 0) from 2.11 on. The kernel
-    # takes grouped queries in all of them (mha_varlen_fwd and _bwd); from 2.12 on it wants a flag.
-    options: dict[str, Any] = {"window_size": (-1, 0)}
-    if "is_causal" in accepted:
-        options = {"is_causal": True}
+    options: dict[str, Any] = {}
+    if "is_causal" in accepted:  # torch 2.10
+        options["is_causal"] = True
+    else:  # from 2.11 on: any number of tokens back, and none ahead
+        options["window_size"] = (-1, 0)
+    # The kernel takes grouped queries in all versions (mha_varlen_fwd and mha_varlen_bwd), but
+    # from 2.12 on the function wants to be told.
     if "enable_gqa" in accepted:
         options["enable_gqa"] = True
+
     attended = varlen_attn(query, key, value, boundaries, boundaries, longest, longest, **options)
     assert isinstance(attended, Tensor)  # a tuple only where more outputs are asked for
     return attended

@@ -1,6 +1,7 @@
 """Answers token by token: a cache of keys and values per document, and the choice of a token."""
 
-# Shape letters: N tokens, M kept tokens, H heads, K kv heads, E head dim, V vocabulary.
+# Shape letters: N new tokens, M cached tokens, D model, H heads, K kv heads, E head dim,
+# V vocabulary.
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minilora.model.dropout import MaskPlace
 from minilora.model.llama import Llama
 from minilora.model.rope import rotation
 
@@ -30,58 +32,82 @@ class Sampling:
 
 
 class CachedTile:
-    """Documents side by side whose new tokens attend to what is kept of all before them."""
+    """Documents side by side, each a prompt and the answer so far, as a `tiles.Tile`.
 
-    seed = 0
+    The new tokens of a document attend to its cache, the keys and values of all that came before.
+    The tile's rows are the new tokens of all documents, one document after another.
+    """
+
     pieces = (slice(None),)
+    masks = MaskPlace(span_seed=0)  # of no effect: answers are computed without dropout
+    graph_only = False
 
     def __init__(self, model: Llama, capacities: Sequence[int]) -> None:
-        self.model, shape, weight = model, model.shape, model.lm_head.weight
-        self.kept = [  # keys and values of each document
+        """capacities: for each document, the most tokens that it is going to have."""
+        self.model = model
+        shape = model.shape
+        weight = model.lm_head.weight
+        self.caches = [  # (layers, 2, K, capacity, E) each, the 2 being keys and values
             weight.new_empty(shape.num_layers, 2, shape.num_kv_heads, capacity, shape.head_dim)
             for capacity in capacities
         ]
-        self.lengths, self.new = [0] * len(capacities), [0] * len(capacities)
+        self.lengths = [0] * len(capacities)  # cached tokens of each document
+        self.new = [0] * len(capacities)  # tokens of each document that are being computed
 
     @torch.inference_mode()
     def next_logits(self, new: Sequence[Sequence[int]]) -> Tensor:
         """Add tokens to every document; returns the logits after its last one, (documents, V)."""
-        model, device = self.model, self.model.lm_head.weight.device
+        model = self.model
+        weight = model.lm_head.weight
         self.new = [len(tokens) for tokens in new]
         ends = [length + more for length, more in zip(self.lengths, self.new, strict=True)]
-        spans = zip(self.lengths, ends, strict=True)
-        positions = torch.cat([torch.arange(*span, device=device) for span in spans])
-        dtype = model.lm_head.weight.dtype
-        self.rotation = rotation(model.shape.rope, model.shape.head_dim, positions, dtype)
+
+        positions = torch.cat(
+            [
+                torch.arange(start, end, device=weight.device)
+                for start, end in zip(self.lengths, ends, strict=True)
+            ]
+        )  # (N,)
+        self.rotation = rotation(model.shape.rope, model.shape.head_dim, positions, weight.dtype)
         self.rows = slice(0, len(positions))
-        token_ids = torch.tensor([token for tokens in new for token in tokens], device=device)
-        hidden = model.model(token_ids, [self])  # (N, D)
+
+        token_ids = torch.tensor(
+            [token for tokens in new for token in tokens], device=weight.device
+        )  # (N,)
+        hidden = model.model(token_ids, [self])  # (N, D); the blocks call `attend`
         self.lengths = ends
-        last = torch.tensor(self.new, device=device).cumsum(0) - 1
+
+        last = torch.tensor(self.new, device=weight.device).cumsum(0) - 1
         return model.lm_head.logits(model.model.norm(hidden[last]))
 
-    def keep(self, which: Sequence[int]) -> None:
-        """Forget the other documents."""
-        self.kept = [self.kept[index] for index in which]
+    def keep_only(self, which: Sequence[int]) -> None:
+        """Forget all documents but these."""
+        self.caches = [self.caches[index] for index in which]
         self.lengths = [self.lengths[index] for index in which]
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """query: (N, H, E); key, value: (N, K, E). Returns (N, H, E)."""
-        parts = zip(
-            *(tensor.split_with_sizes(self.new) for tensor in (query, key, value)), strict=True
+        documents = zip(
+            query.split_with_sizes(self.new),
+            key.split_with_sizes(self.new),
+            value.split_with_sizes(self.new),
+            strict=True,
         )
         attended = []
-        for (q, k, v), kept, start in zip(parts, self.kept, self.lengths, strict=True):
+        for (q, k, v), cache, start in zip(documents, self.caches, self.lengths, strict=True):
+            # With a past, SDPA's causal mask would let a token see too little of it. A single
+            # token needs no mask.
             assert start == 0 or len(q) == 1, "a causal mask is for documents without a past"
-            kept = kept[layer, :, :, : start + len(q)]  # (2, K, M, E)
-            kept[:, :, start:] = torch.stack((k, v)).transpose(1, 2)
+
+            cache = cache[layer, :, :, : start + len(q)]  # (2, K, M, E)
+            cache[:, :, start:] = torch.stack((k, v)).transpose(1, 2)
             q = q.transpose(0, 1).unsqueeze(0)  # (1, H, N, E)
             attended.append(
                 F.scaled_dot_product_attention(
-                    q, kept[:1], kept[1:], is_causal=start == 0, enable_gqa=True
+                    q, cache[:1], cache[1:], is_causal=start == 0, enable_gqa=True
                 )
             )
-        return torch.cat(attended, 2).squeeze(0).transpose(0, 1)
+        return torch.cat(attended, 2).squeeze(0).transpose(0, 1)  # (N, H, E)
 
 
 def generate(
@@ -101,12 +127,15 @@ def generate(
     generators = [
         torch.Generator(device).manual_seed(sampling.seed + first + i) for i in range(len(prompts))
     ]
+
+    # The tokens that each unfinished answer adds next: first its prompt, then what was drawn.
     new: dict[int, Sequence[int]] = dict(enumerate(prompts))
     for _ in range(max_new_tokens):
         logits = tile.next_logits(list(new.values()))
         drawn = [choose(row, sampling, generators[i]) for i, row in zip(new, logits, strict=True)]
         yield from zip(new, drawn, strict=True)
-        tile.keep([at for at, token in enumerate(drawn) if token not in stop_ids])
+
+        tile.keep_only([at for at, token in enumerate(drawn) if token not in stop_ids])
         new = {i: [token] for i, token in zip(new, drawn, strict=True) if token not in stop_ids}
         if not new:
             return
@@ -128,6 +157,8 @@ def candidates(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
     scores, tokens = logits.float().sort(descending=True)
     scores = (scores - scores[0]) / sampling.temperature
     probabilities = scores[: sampling.top_k or None].softmax(0)
-    kept = probabilities.cumsum(0) - probabilities < sampling.top_p  # the likeliest always
-    probabilities = probabilities[kept]
+
+    # A token is among them if those before it do not reach top_p yet: the likeliest always is.
+    before = probabilities.cumsum(0) - probabilities
+    probabilities = probabilities[before < sampling.top_p]
     return tokens[: len(probabilities)], probabilities / probabilities.sum()

@@ -1,6 +1,6 @@
-"""W x + b, with LoRA's scaling * B A x where there is a pair; backward is written by hand."""
+"""A linear layer W x + b, with LoRA's scaling * B A x added to it; its backward by hand."""
 
-# Shape letters: N tokens, R rank; `in` and `out` are the features.
+# Shape letters: N tokens, R rank; `in` and `out` are the layer's features.
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from torch.autograd.function import once_differentiable
 
 
 class LoraPair(NamedTuple):
-    """LoRA's two matrices, a (R, in) and b (out, R), and its scaling.
+    """What LoRA adds to a layer: scaling * B A x.
 
-    dropped: (N, in), the input of the pair where dropout makes it another than the layer's.
+    a: (R, in). b: (out, R). dropped: (N, in), what A is multiplied with in place of x where there
+    is dropout; None where there is none.
     """
 
     a: Tensor
@@ -25,33 +26,45 @@ class LoraPair(NamedTuple):
 
 
 def linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, pair: LoraPair | None, unread: bool = False
+    x: Tensor, weight: Tensor, bias: Tensor | None, pair: LoraPair | None, graph_only: bool = False
 ) -> Tensor:
-    """x: (N, in); weight: (out, in), frozen like the bias (out,). Returns (N, out).
+    """x W^T + b, and LoRA's part where there is a pair.
 
-    unread: nobody looks at the numbers returned, only gradients are wanted: what is returned has
-    none. The last product of a block that is computed again is such a one.
+    x: (N, in). weight: (out, in) and bias: (out,), both frozen. Returns (N, out).
+    graph_only: only gradients are wanted. The backward of a linear layer needs its input but not
+    its output, so the large product is skipped, and what is returned is uninitialised memory.
     """
     a, b, scaling, dropped = pair or (None, None, 0.0, None)
-    output: Tensor = _Linear.apply(x, dropped, weight, bias, a, b, scaling, unread)  # type: ignore[no-untyped-call]
+    output: Tensor = _Linear.apply(x, dropped, weight, bias, a, b, scaling, graph_only)  # type: ignore[no-untyped-call]
     return output
 
 
 class _Linear(torch.autograd.Function):
-    """Autograd would copy the large product to add the small one to it, in forward and backward.
+    """The layer as one node of the graph.
 
-    The products of rank R are taken with R first: on a CPU up to six times faster than R last.
+    Autograd would compute the small product of LoRA apart, and make a third large tensor to hold
+    the sum of both, in forward and in backward. Here the small one is added in place.
+    Products with R are computed as A x^T, (R, N), rather than as x A^T, (N, R): on a CPU that is
+    up to six times faster.
     """
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
-        x, dropped, weight, bias, a, b, ctx.scaling, unread = inputs
-        output = x.new_empty(len(x), len(weight)) if unread else F.linear(x, weight, bias)
+        x, dropped, weight, bias, a, b, scaling, graph_only = inputs
+        output: Tensor
+        if graph_only:
+            output = x.new_empty(len(x), len(weight))  # (N, out)
+        else:
+            output = F.linear(x, weight, bias)  # (N, out)
+
         low = None
         if a is not None:
-            low = a @ (x if dropped is None else dropped).T  # (R, N)
-            if not unread:
-                output.addmm_(low.T, b.T, alpha=ctx.scaling)
+            low_input = x if dropped is None else dropped
+            low = a @ low_input.T  # (R, N)
+            if not graph_only:
+                output.addmm_(low.T, b.T, alpha=scaling)
+
+        ctx.scaling = scaling
         ctx.save_for_backward(x, dropped, weight, a, b, low)
         return output
 
@@ -59,14 +72,19 @@ class _Linear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, dropped, weight, a, b, low = ctx.saved_tensors
-        grad_x = grad @ weight if ctx.needs_input_grad[0] else None
-        grad_dropped = grad_a = grad_b = None
+        grad_x = grad_dropped = grad_a = grad_b = None
+        if ctx.needs_input_grad[0]:
+            grad_x = grad @ weight  # (N, in)
+
         if a is not None:
+            low_input = x if dropped is None else dropped
             grad_low = (b.T @ grad.T).mul_(ctx.scaling)  # (R, N)
-            grad_a = grad_low @ (x if dropped is None else dropped)
-            grad_b = (low @ grad).mul_(ctx.scaling).T
+            grad_a = grad_low @ low_input  # (R, in)
+            grad_b = (low @ grad).mul_(ctx.scaling).T  # (out, R)
             if dropped is not None:
-                grad_dropped = grad_low.T @ a
+                grad_dropped = grad_low.T @ a  # (N, in)
             elif grad_x is not None:
                 grad_x.addmm_(grad_low.T, a)
+
+        # In the order of forward's inputs: x, dropped, weight, bias, a, b, scaling, graph_only.
         return grad_x, grad_dropped, None, None, grad_a, grad_b, None, None

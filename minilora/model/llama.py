@@ -1,39 +1,47 @@
-"""Llama 3, 3.1, 3.2, 3.3 over a flat run of documents, with the parameter names of the files."""
+"""Llama 3, 3.1, 3.2 and 3.3 over a flat run of documents, with the parameter names of the files.
 
-# Shape letters: N tokens, D model, H heads, K kv heads, E head dim, V vocabulary.
-# There is no batch axis and no padding: hidden states are (N, D) for any number of documents.
+From below: linear layer and norm, attention and MLP, the block made of both, embedding and head,
+and the model. There is no batch axis and no padding: the documents of a span lie one after
+another, and hidden states are (N, D), N being the tokens of all of them.
+"""
+
+# Shape letters: N tokens, D model, F MLP, H heads, K kv heads, E head dim, V vocabulary.
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minilora.model.dropout import SeededDropout
+from minilora.model.dropout import MaskPlace, SeededDropout, dropout_seed
 from minilora.model.linear import linear
 from minilora.model.llama_shape import LlamaShape
 from minilora.model.loss import CHUNK_ROWS, head_loss, head_scores
 from minilora.model.offload import HostStore
-from minilora.model.recompute import keep, recompute
+from minilora.model.recompute import recompute, save_activations
 from minilora.model.rope import rotate
 from minilora.model.swiglu import swiglu
 from minilora.model.tiles import MlpPiece, Tile
 
 
 class Linear(nn.Module):
-    """y = x W^T + b without random initialisation: the numbers come from files."""
+    """y = x W^T + b, frozen and without random initialisation: the numbers come from files."""
 
     def __init__(self, out_features: int, in_features: int, bias: bool) -> None:
         super().__init__()
-        self.in_features, self.out_features = in_features, out_features
+        self.in_features = in_features
+        self.out_features = out_features
         self.weight = nn.Parameter(torch.empty(out_features, in_features), requires_grad=False)
-        empty = torch.empty(out_features) if bias else None
-        self.bias = nn.Parameter(empty, requires_grad=False) if empty is not None else None
+        self.bias: nn.Parameter | None = None
+        if bias:
+            self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False)
 
-    def forward(self, x: Tensor, unread: bool = False) -> Tensor:
-        return linear(x, self.weight, self.bias, None, unread)
+    def forward(self, x: Tensor, graph_only: bool = False) -> Tensor:
+        """x: (N, in). Returns (N, out); graph_only: see `linear`."""
+        return linear(x, self.weight, self.bias, None, graph_only)
 
 
 class RMSNorm(nn.Module):
@@ -53,8 +61,10 @@ class Attention(nn.Module):
 
     def __init__(self, shape: LlamaShape, layer: int) -> None:
         super().__init__()
-        self.layer, self.head_dim = layer, shape.head_dim
-        sizes, bias = shape.linear_shapes(), shape.attention_bias
+        self.layer = layer
+        self.head_dim = shape.head_dim
+        sizes = shape.linear_shapes()
+        bias = shape.attention_bias
         self.q_proj = Linear(*sizes["q_proj"], bias)
         self.k_proj = Linear(*sizes["k_proj"], bias)
         self.v_proj = Linear(*sizes["v_proj"], bias)
@@ -65,34 +75,46 @@ class Attention(nn.Module):
         query = self.q_proj(x).unflatten(-1, heads)  # (N, H, E)
         key = self.k_proj(x).unflatten(-1, heads)  # (N, K, E)
         value = self.v_proj(x).unflatten(-1, heads)  # (N, K, E)
-        query, key = rotate(query, tile.rotation), rotate(key, tile.rotation)
+
+        query = rotate(query, tile.rotation)
+        key = rotate(key, tile.rotation)
         attended = tile.attend(self.layer, query, key, value)  # (N, H, E)
-        output: Tensor = self.o_proj(attended.flatten(1))
+
+        output: Tensor = self.o_proj(attended.flatten(1))  # (N, D)
         return output
 
 
 class MLP(nn.Module):
-    """Gate, up and down projection: (N, D) to (N, D)."""
+    """down(silu(gate(x)) * up(x)): (N, D) to (N, D)."""
 
     def __init__(self, shape: LlamaShape) -> None:
         super().__init__()
-        sizes, bias = shape.linear_shapes(), shape.mlp_bias
+        sizes = shape.linear_shapes()
+        bias = shape.mlp_bias
         self.gate_proj = Linear(*sizes["gate_proj"], bias)
         self.up_proj = Linear(*sizes["up_proj"], bias)
         self.down_proj = Linear(*sizes["down_proj"], bias)
 
-    def forward(self, x: Tensor, unread: bool = False) -> Tensor:
-        output: Tensor = self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)), unread)
+    def forward(self, x: Tensor, piece: MlpPiece) -> Tensor:
+        # Gate and up have no names here, so that their memory is free before the last product.
+        activated = swiglu(self.gate_proj(x), self.up_proj(x))  # (N, F)
+        # This product is the last one of a block, and only the block's output depends on it.
+        output: Tensor = self.down_proj(activated, piece.graph_only)  # (N, D)
         return output
 
 
 class Block(nn.Module):
-    """A decoder block: what ZeRO-3 gathers at once, what is recomputed, what loops over tiles."""
+    """A decoder block, the unit of everything: ZeRO-3 gathers its parameters together, backward
+    recomputes it, and the loop over tiles runs inside it, so that all tiles share one gather.
 
-    def __init__(self, shape: LlamaShape, layer: int, keep: bool) -> None:
+    saves_activations: whether it saves them for backward instead of recomputing them.
+    """
+
+    def __init__(self, shape: LlamaShape, layer: int, saves_activations: bool) -> None:
         super().__init__()
-        self.layer, self.keep = layer, keep  # keep its activations instead of recomputing them
-        self.dropout: SeededDropout | None = None
+        self.layer = layer
+        self.saves_activations = saves_activations
+        self.dropout: SeededDropout | None = None  # of all its LoRA layers, see lora.py
         self.store: HostStore | None = None  # of the inputs, shared by all blocks
         self.input_layernorm = RMSNorm(shape.hidden_size, shape.rms_norm_eps)
         self.self_attn = Attention(shape, layer)
@@ -103,30 +125,38 @@ class Block(nn.Module):
         """hidden: (N, D), covered by the rows of the tiles in order. Returns (N, D)."""
         if not torch.is_grad_enabled():
             return torch.cat([self._forward_tile(hidden[tile.rows], tile) for tile in tiles])
+
         trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        if self.keep:
-            return keep(self._forward_tile, hidden, tiles, trained)
+        if self.saves_activations:
+            return save_activations(self._forward_tile, hidden, tiles, trained)
         return recompute(self._forward_tile, hidden, tiles, trained, self.store)
 
-    def _forward_tile(self, hidden: Tensor, tile: Tile, unread: bool = False) -> Tensor:
-        self._reseed(tile.seed, hidden)
+    def _forward_tile(self, hidden: Tensor, tile: Tile) -> Tensor:
+        """The block's equations for the rows of one tile, (N, D) to (N, D)."""
+        self._reseed(tile.masks, hidden)
         hidden = hidden + self.self_attn(self.input_layernorm(hidden), tile)
-        pieces = [MlpPiece(rows, tile.seed + index) for index, rows in enumerate(tile.pieces, 1)]
-        if len(pieces) == 1:
-            return self._forward_mlp(hidden, pieces[0], unread)
-        # Computed again piece by piece, so that only one piece's wide activations are there.
-        trained = [parameter for parameter in self.mlp.parameters() if parameter.requires_grad]
-        return recompute(self._forward_mlp, hidden, pieces, trained, unread=unread)
 
-    def _forward_mlp(self, hidden: Tensor, piece: MlpPiece, unread: bool = False) -> Tensor:
-        self._reseed(piece.seed, hidden)
-        output: Tensor = hidden + self.mlp(self.post_attention_layernorm(hidden), unread)
+        pieces = [
+            MlpPiece(rows, replace(tile.masks, piece=number), tile.graph_only)
+            for number, rows in enumerate(tile.pieces, 1)
+        ]
+        if len(pieces) == 1:
+            return self._forward_mlp(hidden, pieces[0])
+
+        # A long tile. Its MLP is recomputed piece by piece within the backward of the tile, so
+        # that the wide activations of only one piece exist at a time.
+        trained = [parameter for parameter in self.mlp.parameters() if parameter.requires_grad]
+        return recompute(self._forward_mlp, hidden, pieces, trained)
+
+    def _forward_mlp(self, hidden: Tensor, piece: MlpPiece) -> Tensor:
+        self._reseed(piece.masks, hidden)
+        output: Tensor = hidden + self.mlp(self.post_attention_layernorm(hidden), piece)
         return output
 
-    def _reseed(self, seed: int, hidden: Tensor) -> None:
-        """Draw the masks that belong to this block and seed, now and when computed again."""
+    def _reseed(self, place: MaskPlace, hidden: Tensor) -> None:
+        """From here on draw the dropout masks of this place; the same ones when recomputed."""
         if self.dropout is not None:
-            self.dropout.reseed((seed * 1000003 + self.layer) % 2**63, hidden.device)
+            self.dropout.reseed(dropout_seed(place, self.layer), hidden.device)
 
 
 class Embedding(nn.Module):
@@ -142,7 +172,7 @@ class Embedding(nn.Module):
 
 
 class Head(nn.Module):
-    """The language-model head: hidden states to the loss, or to logits."""
+    """The language-model head: normed hidden states to the loss, or to logits."""
 
     def __init__(self, shape: LlamaShape, tied_weight: nn.Parameter | None) -> None:
         super().__init__()
@@ -157,7 +187,7 @@ class Head(nn.Module):
 
         Without gradients: (2,) fp32, the summed loss and how many targets were the likeliest token.
         """
-        weight = self.weight.to(hidden.dtype)
+        weight = self.weight.to(hidden.dtype)  # fp32 where the head is trained at ZeRO stage 0
         if not torch.is_grad_enabled():
             return head_scores(hidden, weight, targets, self.chunk_rows)
         return head_loss(hidden, weight, targets, scale, self.chunk_rows)
@@ -173,23 +203,26 @@ class Decoder(nn.Module):
     def __init__(self, shape: LlamaShape, keep_blocks: int) -> None:
         super().__init__()
         self.embed_tokens = Embedding(shape)
-        first = shape.num_layers - keep_blocks  # the last ones' activations live shortest
-        blocks = [Block(shape, layer, layer >= first) for layer in range(shape.num_layers)]
+        # Backward reaches the last blocks first, so their activations are saved for the shortest.
+        first_saving = shape.num_layers - keep_blocks
+        blocks = [Block(shape, layer, layer >= first_saving) for layer in range(shape.num_layers)]
         self.layers = nn.ModuleList(blocks)
         self.norm = RMSNorm(shape.hidden_size, shape.rms_norm_eps)
 
     def forward(self, token_ids: Tensor, tiles: Sequence[Tile]) -> Tensor:
         """token_ids: (N,) int64. Returns the last block's output (N, D), before the norm."""
+        # The table is fp32 where it is trained at ZeRO stage 0.
         hidden: Tensor = self.embed_tokens(token_ids).to(self.norm.weight.dtype)
         if torch.is_grad_enabled():
-            # If the table is frozen, nothing else makes the first block part of the graph.
+            # Where the table is frozen, nothing else makes the first block part of the graph, and
+            # DeepSpeed's hook on its backward would fire before its gradients exist.
             hidden.requires_grad_()
         for block in self.layers:
             hidden = block(hidden, tiles)
         return hidden
 
     def offload_inputs(self) -> None:
-        """Keep the blocks' inputs in host memory from now on."""
+        """From now on, save the blocks' inputs in host memory."""
         store = HostStore()
         for block in self.layers:
             assert isinstance(block, Block)
@@ -199,7 +232,7 @@ class Decoder(nn.Module):
 class Llama(nn.Module):
     """The whole model. Parameters are made empty, in the default dtype and device of torch.
 
-    keep_blocks: how many blocks, the last ones, keep their activations for backward.
+    keep_blocks: how many blocks, the last ones, save their activations for backward.
     """
 
     def __init__(self, shape: LlamaShape, keep_blocks: int = 0) -> None:
@@ -214,14 +247,18 @@ class Llama(nn.Module):
     ) -> Tensor:
         """Sum of the cross-entropy over labelled tokens, times `scale`.
 
-        token_ids, labels: (N,) int64; labels[i] is the target of position i, -100 for none. Labels
-        may be in host memory: to count the rows there, nobody waits for a GPU.
+        token_ids, labels: (N,) int64; labels[i] is the target of position i, -100 for none.
+        Labels may stay in host memory, and for training they should: how many there are is the
+        size of the next tensor, and a count on the GPU would make the host wait for its result.
         Returns what the head returns.
         """
-        hidden = self.model(token_ids, tiles)
+        hidden = self.model(token_ids, tiles)  # (N, D)
+
+        # From here on only the rows that have a label.
         labelled = (labels >= 0).nonzero().squeeze(1)
         targets = labels[labelled].to(hidden.device, non_blocking=True)
         hidden = self.model.norm(hidden[labelled.to(hidden.device, non_blocking=True)])
+
         loss: Tensor = self.lm_head(hidden, targets, scale)
         return loss
 

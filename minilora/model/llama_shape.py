@@ -24,8 +24,10 @@ class Rope:
 class LlamaShape:
     """The sizes of a Llama: everything that its parameters and its arithmetic depend on.
 
-    max_positions: the longest document that the checkpoint was trained for, in tokens, or None
-    where config.json does not say. It limits nothing here; longer documents get a warning.
+    num_kv_heads: heads of keys and values, each shared by num_heads / num_kv_heads heads of
+    queries. tied: whether the head is the embedding table. max_positions: the longest document
+    that the checkpoint was trained for, in tokens, or None where config.json does not say. It
+    limits nothing here; longer documents get a warning.
     """
 
     vocab_size: int
@@ -42,17 +44,23 @@ class LlamaShape:
     mlp_bias: bool = False
     max_positions: int | None = None
 
+    @property
+    def query_features(self) -> int:
+        """Features of all query heads together: not always hidden_size."""
+        return self.num_heads * self.head_dim
+
+    @property
+    def key_features(self) -> int:
+        """Features of all key heads together, and of all value heads."""
+        return self.num_kv_heads * self.head_dim
+
     def linear_shapes(self) -> dict[str, tuple[int, int]]:
         """The linear layers of one block by their last name, each as (out, in)."""
-        queries, keys = (
-            self.num_heads * self.head_dim,
-            self.num_kv_heads * self.head_dim,
-        )
         return {
-            "q_proj": (queries, self.hidden_size),
-            "k_proj": (keys, self.hidden_size),
-            "v_proj": (keys, self.hidden_size),
-            "o_proj": (self.hidden_size, queries),
+            "q_proj": (self.query_features, self.hidden_size),
+            "k_proj": (self.key_features, self.hidden_size),
+            "v_proj": (self.key_features, self.hidden_size),
+            "o_proj": (self.hidden_size, self.query_features),
             "gate_proj": (self.intermediate_size, self.hidden_size),
             "up_proj": (self.intermediate_size, self.hidden_size),
             "down_proj": (self.hidden_size, self.intermediate_size),
@@ -61,14 +69,17 @@ class LlamaShape:
     def linear_layers(self) -> dict[str, tuple[int, int]]:
         """The linear layers of all blocks by their paths, each as (out, in)."""
         return {
-            f"model.layers.{layer}.{'self_attn' if name[0] in 'qkvo' else 'mlp'}.{name}": size
+            f"model.layers.{layer}.{_parent(name)}.{name}": size
             for layer in range(self.num_layers)
             for name, size in self.linear_shapes().items()
         }
 
     @property
-    def matrices(self) -> int:
-        """Elements of all matrices that a token is multiplied with: the blocks' and the head."""
+    def matrix_elements(self) -> int:
+        """Elements of all matrices that a token is multiplied with: the blocks' and the head's.
+
+        The embedding table does not count, unless it is the head: a token picks a row of it.
+        """
         block = sum(rows * columns for rows, columns in self.linear_shapes().values())
         return self.num_layers * block + self.vocab_size * self.hidden_size
 
@@ -76,26 +87,38 @@ class LlamaShape:
     def break_even_length(self) -> float:
         """Tokens of a document at which attention costs as many FLOPs as the matrices do.
 
-        Per token, forward and backward: 4 for each element of a frozen matrix; 7 for each query
-        feature and token of the document (2 products forward, 5 back, over half of the square).
+        Matrices, per token and element: 2 FLOPs forward and 2 for the gradient of the input. A
+        frozen matrix has no gradient of its own. That is 4 in all.
+        Attention, per token, query feature and token of the document: 2 products forward (scores,
+        weighted values) and 5 backward (the scores again and four gradients). Each is 2 FLOPs over
+        half of the square, the half that is not ahead, so 1 FLOP. That is 7 in all, in each block.
         """
-        return 4 * self.matrices / (7 * self.num_layers * self.num_heads * self.head_dim)
+        matrices = 4 * self.matrix_elements
+        attention = 7 * self.num_layers * self.query_features  # per token of the document
+        return matrices / attention
 
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
         """Every tensor of the checkpoint by its name in the files, in the files' order."""
         shapes: dict[str, tuple[int, ...]] = {
             "model.embed_tokens.weight": (self.vocab_size, self.hidden_size)
         }
+        has_bias = {"self_attn": self.attention_bias, "mlp": self.mlp_bias}
         for layer in range(self.num_layers):
-            prefix = f"model.layers.{layer}."
-            shapes[prefix + "input_layernorm.weight"] = (self.hidden_size,)
+            prefix = f"model.layers.{layer}"
+            shapes[f"{prefix}.input_layernorm.weight"] = (self.hidden_size,)
             for name, (rows, columns) in self.linear_shapes().items():
-                parent = "self_attn" if name[0] in "qkvo" else "mlp"
-                shapes[f"{prefix}{parent}.{name}.weight"] = (rows, columns)
-                if self.attention_bias if parent == "self_attn" else self.mlp_bias:
-                    shapes[f"{prefix}{parent}.{name}.bias"] = (rows,)
-            shapes[prefix + "post_attention_layernorm.weight"] = (self.hidden_size,)
+                parent = _parent(name)
+                shapes[f"{prefix}.{parent}.{name}.weight"] = (rows, columns)
+                if has_bias[parent]:
+                    shapes[f"{prefix}.{parent}.{name}.bias"] = (rows,)
+            shapes[f"{prefix}.post_attention_layernorm.weight"] = (self.hidden_size,)
+
         shapes["model.norm.weight"] = (self.hidden_size,)
         if not self.tied:
             shapes["lm_head.weight"] = (self.vocab_size, self.hidden_size)
         return shapes
+
+
+def _parent(name: str) -> str:
+    """The module of a block that a linear layer belongs to."""
+    return "self_attn" if name in ("q_proj", "k_proj", "v_proj", "o_proj") else "mlp"

@@ -1,4 +1,4 @@
-"""Block inputs in host memory between forward and backward."""
+"""Saved block inputs in host memory between forward and backward."""
 
 # Shape letters: N tokens, D model.
 
@@ -12,21 +12,28 @@ from torch import Tensor
 
 
 class HostStore:
-    """A stack of tensors in host memory, taken back in the reverse order.
+    """A stack of tensors in host memory: the last one put there is the first one taken back.
 
-    On a GPU both copies run on a stream of their own: out while the block computes, and back one
-    tensor ahead of the block that is going to ask for it. The stream that computes waits for each
-    copy before its device memory is let go. (With Tensor.record_stream the host, which runs ahead
-    of the GPU, would find that memory still taken, and take more for every block.)
+    Backward needs the inputs of the blocks in the reverse order of forward, hence a stack. On a
+    GPU the copies run on a stream of their own: to the host while the block computes, and back to
+    the GPU while the block above computes, one tensor ahead of the block that will ask for it.
+
+    Device memory must not be reused while a copy still reads or writes it. So the stream that
+    computes waits for the copy before that memory is freed. Tensor.record_stream would not do: the
+    host runs ahead of the GPU, would find the memory not free yet, and would take more for every
+    block.
     """
 
     def __init__(self) -> None:
-        self.held: list[Tensor] = []
-        self.ahead: tuple[int, Tensor] | None = None
-        self.stream: torch.cuda.Stream | None = None
+        self.held: list[Tensor] = []  # in host memory, pinned where there is a GPU
+        self.ahead: tuple[int, Tensor] | None = None  # place and tensor that is coming back
+        self.stream: torch.cuda.Stream | None = None  # of the copies, made at the first one
 
     def put(self, hidden: Tensor) -> int:
-        """Start copying (N, D) out; returns its place. To be kept until after `settle`."""
+        """Start copying (N, D) to the host. Returns its place in the stack.
+
+        The caller must not free the tensor before it has called `settle`.
+        """
         host = torch.empty(hidden.shape, dtype=hidden.dtype, pin_memory=hidden.is_cuda)
         with self._copying(hidden):
             host.copy_(hidden, non_blocking=True)
@@ -34,20 +41,23 @@ class HostStore:
         return len(self.held) - 1
 
     def settle(self) -> None:
-        """Let what is computed from now on wait for the copies so far."""
+        """Make what is computed from now on wait for the copies that were started."""
         if self.stream is not None:
             torch.cuda.current_stream(self.stream.device).wait_stream(self.stream)
 
     def take(self, place: int, like: Tensor) -> Tensor:
-        """The tensor on top of the stack, on the device of `like`; the next one starts coming."""
+        """The tensor on top of the stack, on the device of `like`; the next one starts to come."""
         assert place == len(self.held) - 1, "taken in the reverse order of put"
-        if self.ahead is None:
-            self.ahead = place, self._fetch(self.held[place], like)
+        if self.ahead is None:  # the first one of a backward
+            self.ahead = (place, self._fetch(self.held[place], like))
         coming, hidden = self.ahead
         assert coming == place
         self.settle()
+
         self.held.pop()
-        self.ahead = (place - 1, self._fetch(self.held[-1], like)) if self.held else None
+        self.ahead = None
+        if self.held:
+            self.ahead = (place - 1, self._fetch(self.held[-1], like))
         return hidden
 
     def _fetch(self, host: Tensor, like: Tensor) -> Tensor:
@@ -58,7 +68,7 @@ class HostStore:
 
     @contextmanager
     def _copying(self, on_device: Tensor) -> Iterator[None]:
-        """Copies inside follow all that was computed."""
+        """Run copies on their stream, after all that has been computed; without a GPU as usual."""
         if not on_device.is_cuda:
             yield
             return

@@ -1,14 +1,29 @@
-"""Activation checkpointing by hand: keep a block's input, compute the rest again in backward.
+"""Activation checkpointing, written by hand: a block of the model as one node of autograd's graph.
 
-Or keep its activations, by the same contract and with the same numbers, where memory allows.
+Backward needs the activations of forward, and to save them all takes far more memory than to save
+the input of each block. So `recompute` saves a block's input only. In backward it computes the
+block's forward once more, this time with autograd's graph, and goes back through that graph; the
+price is one more forward of each block. Where memory allows, `save_activations` saves the graph
+of the first forward instead. Both give the same gradients, to the last bit.
+
+A block is computed tile by tile, a tile being some rows of the flat token axis, so that only one
+tile's activations exist at a time. Tiles do not change the gradient: the rows of one tile do not
+depend on those of another, as no document lies in two tiles. The loss is therefore a sum over
+tiles, and its gradient is the sum of the tiles' gradients.
+
+The trained parameters are explicit inputs of the function, because autograd asks a function only
+for the gradients of its inputs. Each parameter's gradient is summed over the tiles in here and
+returned once per call, because DeepSpeed reduces a gradient over the GPUs as soon as it arrives:
+with one gradient per tile, the second would come too late.
 """
 
 # Shape letters: N tokens, D model.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Protocol, TypeVar
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple, Protocol, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,56 +34,59 @@ from minilora.model.offload import HostStore
 
 
 class Rows(Protocol):
-    """A run of rows of the flat token axis."""
+    """A run of rows of the flat token axis. To be recomputed it has to be a dataclass.
+
+    graph_only: whether the body is called for its graph alone. Backward passes the body a copy of
+    the tile that says so. Nobody looks at the numbers that the body then returns, so it may leave
+    out what only they depend on.
+    """
 
     @property
     def rows(self) -> slice: ...
 
+    @property
+    def graph_only(self) -> bool: ...
 
-Tile_ = TypeVar("Tile_", bound=Rows, contravariant=True)
-Tile = TypeVar("Tile", bound=Rows)
 
-
-class Body(Protocol[Tile_]):
-    """What is computed again. `unread`: only its graph is wanted, its numbers may be any."""
-
-    def __call__(self, hidden: Tensor, tile: Tile_, /, unread: bool = False) -> Tensor: ...
+AnyRows = TypeVar("AnyRows", bound=Rows)
+# What is computed for each tile: its rows of the input, (n, D), and the tile, to (n, D).
+Body: TypeAlias = Callable[[Tensor, AnyRows], Tensor]
 
 
 def recompute(
-    body: Body[Tile],
+    body: Body[AnyRows],
     hidden: Tensor,
-    tiles: Sequence[Tile],
+    tiles: Sequence[AnyRows],
     parameters: Sequence[Tensor],
     store: HostStore | None = None,
-    unread: bool = False,
 ) -> Tensor:
     """Run `body` over each tile of `hidden`, saving nothing but `hidden` for backward.
 
-    hidden: (N, D); tiles: cover its rows in order; parameters: what of `body` is trained; store:
-    keeps hidden in host memory meanwhile, for calls whose backward order is the reverse; unread:
-    only the graph is wanted, what is returned may hold any numbers. Returns (N, D).
-    Each parameter's gradient is summed over the tiles in fp32 and returned once, so that a hook on
-    it (DeepSpeed's reduction) fires once per call however many tiles there are.
+    hidden: (N, D), and so is what is returned. tiles: they cover the rows in order. parameters:
+    those of the body that are trained; their gradients are summed over tiles in fp32. store: saves
+    hidden in host memory, if given; backward must then visit the calls in reverse order.
     """
-    output: Tensor = _Recompute.apply(body, tiles, store, unread, hidden, *parameters)  # type: ignore[no-untyped-call]
+    output: Tensor = _Recompute.apply(body, tiles, store, False, hidden, *parameters)  # type: ignore[no-untyped-call]
     return output
 
 
-def keep(
-    body: Body[Tile], hidden: Tensor, tiles: Sequence[Tile], parameters: Sequence[Tensor]
+def save_activations(
+    body: Body[AnyRows], hidden: Tensor, tiles: Sequence[AnyRows], parameters: Sequence[Tensor]
 ) -> Tensor:
     """The same as `recompute`, to the bit, but saving all that `body` needs for backward."""
-    output: Tensor = _Keep.apply(body, tiles, hidden, *parameters)  # type: ignore[no-untyped-call]
+    output: Tensor = _Recompute.apply(body, tiles, None, True, hidden, *parameters)  # type: ignore[no-untyped-call]
     return output
+
+
+class _Graph(NamedTuple):
+    """The graph of one tile: its input, and its end, which holds no tensor of the output."""
+
+    input: Tensor
+    end: GradientEdge
 
 
 class _Recompute(torch.autograd.Function):
-    """One forward without a graph; in backward tile by tile a forward with one, and its gradients.
-
-    The trained parameters are inputs of the function for two reasons: autograd asks for gradients
-    only through inputs, and DeepSpeed's ZeRO-3 must see one AccumulateGrad per parameter.
-    """
+    """A body over tiles; save_graphs tells whether forward's graphs are saved, or its input."""
 
     @staticmethod
     def forward(
@@ -76,83 +94,81 @@ class _Recompute(torch.autograd.Function):
         body: Any,
         tiles: Any,
         store: Any,
-        unread: bool,
+        save_graphs: bool,
         hidden: Tensor,
         *parameters: Tensor,
     ) -> Tensor:
-        ctx.body, ctx.tiles, ctx.store, ctx.parameters = body, tiles, store, parameters
+        ctx.body = body
+        ctx.tiles = tiles
+        ctx.store = store
+        ctx.save_graphs = save_graphs
+        ctx.parameters = parameters
+        output = torch.empty_like(hidden)
+
+        if save_graphs:
+            ctx.graphs = []
+            for tile in tiles:
+                output[tile.rows], graph = _forward_with_graph(body, hidden, tile)
+                ctx.graphs.append(graph)
+            return output
+
         if store is None:
             ctx.save_for_backward(hidden)
         else:
             ctx.place = store.put(hidden)
-        output = torch.empty_like(hidden)
-        for tile in () if unread else tiles:
-            output[tile.rows] = body(hidden[tile.rows], tile)
-        if store is not None:
-            store.settle()  # before hidden is let go
-        return output
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        if ctx.store is None:
-            (hidden,) = ctx.saved_tensors
-        else:
-            hidden = ctx.store.take(ctx.place, like=grad_output)
-
-        def graphs() -> Iterator[tuple[Tensor, GradientEdge]]:
-            for tile in ctx.tiles:
-                yield _forward_with_graph(ctx.body, hidden, tile, unread=True)[1:]
-
-        return (*[None] * 4, *_backward(graphs(), ctx.tiles, ctx.parameters, grad_output))
-
-
-class _Keep(torch.autograd.Function):
-    """A forward with a graph for each tile, which backward goes through."""
-
-    @staticmethod
-    def forward(ctx: Any, body: Any, tiles: Any, hidden: Tensor, *parameters: Tensor) -> Tensor:
-        ctx.tiles, ctx.parameters, ctx.graphs = tiles, parameters, []
-        output = torch.empty_like(hidden)
         for tile in tiles:
-            output[tile.rows], *graph = _forward_with_graph(body, hidden, tile)
-            ctx.graphs.append(graph)
+            # graph_only in forward: the pieces of a tile that is itself being recomputed.
+            if not tile.graph_only:
+                output[tile.rows] = body(hidden[tile.rows], tile)
+
+        if store is not None:
+            # Whoever called may free hidden next, so its copy to host memory must be done by then.
+            store.settle()
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        graphs = (ctx.graphs.pop(0) for _ in ctx.tiles)  # a tile's input goes with its graph
-        return None, None, *_backward(graphs, ctx.tiles, ctx.parameters, grad_output)
+        hidden: Any = None  # not needed where graphs are saved: each has its part as its input
+        if ctx.store is not None:
+            hidden = ctx.store.take(ctx.place, like=grad_output)
+        elif not ctx.save_graphs:
+            (hidden,) = ctx.saved_tensors
+
+        grad_hidden = torch.empty_like(grad_output)
+        sums: list[Tensor] = []
+        for tile in ctx.tiles:
+            if ctx.save_graphs:
+                # Taken off the list, so that hidden is free when its last tile is done.
+                graph = ctx.graphs.pop(0)
+            else:
+                # The output is dropped at once, before memory is needed for the gradients.
+                again = replace(tile, graph_only=True)
+                graph = _forward_with_graph(ctx.body, hidden, again)[1]
+
+            inputs = (graph.input, *ctx.parameters)
+            grad_input, *grads = torch.autograd.grad(graph.end, inputs, grad_output[tile.rows])
+
+            # In fp32, because in bf16 a long sum loses what is small beside it: 256 + 1 is 256.
+            grad_hidden[tile.rows] = grad_input
+            if not sums:
+                sums = [grad.float() for grad in grads]
+            else:
+                torch._foreach_add_(sums, [grad.float() for grad in grads])
+
+        in_their_dtype = [
+            grad.to(parameter.dtype) for grad, parameter in zip(sums, ctx.parameters, strict=True)
+        ]
+        return None, None, None, None, grad_hidden, *in_their_dtype
 
 
-def _forward_with_graph(
-    body: Any, hidden: Tensor, tile: Any, unread: bool = False
-) -> tuple[Tensor, Tensor, GradientEdge]:
-    """The tile's output; its graph's input, and the graph's end, which holds no tensor."""
+def _forward_with_graph(body: Any, hidden: Tensor, tile: Any) -> tuple[Tensor, _Graph]:
+    """The body's output for one tile, and a graph of its own that ends there.
+
+    The graph's input is cut off from whatever computed hidden: backward stops at it.
+    """
     with torch.enable_grad():
         tile_input = hidden[tile.rows].detach().requires_grad_()
-        tile_output = body(tile_input, tile, unread)
-    return tile_output, tile_input, get_gradient_edge(tile_output)
-
-
-def _backward(
-    graphs: Iterable[tuple[Tensor, GradientEdge]],
-    tiles: Sequence[Any],
-    parameters: Sequence[Tensor],
-    grad_output: Tensor,
-) -> Iterator[Tensor]:
-    """The gradients of hidden and of each parameter, tile by tile."""
-    grad_hidden = torch.empty_like(grad_output)
-    sums: list[Tensor] = []
-    for tile, (tile_input, end) in zip(tiles, graphs, strict=True):
-        inputs = (tile_input, *parameters)
-        grad_input, *grads = torch.autograd.grad(end, inputs, grad_output[tile.rows])
-        grad_hidden[tile.rows] = grad_input
-        if not sums:
-            sums = [grad.float() for grad in grads]
-        else:
-            torch._foreach_add_(sums, [grad.float() for grad in grads])
-    yield grad_hidden
-    for grad, parameter in zip(sums, parameters, strict=True):
-        yield grad.to(parameter.dtype)
+        tile_output = body(tile_input, tile)
+    return tile_output, _Graph(tile_input, get_gradient_edge(tile_output))

@@ -1,4 +1,10 @@
-"""Rotary positions (Su et al. 2021, arXiv 2104.09864) with Llama 3.1's scaling."""
+"""Rotary positions (Su et al. 2021, arXiv 2104.09864) with Llama 3.1's scaling.
+
+Each head's E numbers are E / 2 pairs, and each pair is a point in a plane. The point is turned by
+an angle that grows with the position, fast for the first pairs and slowly for the last. So the
+product of a query and a key depends on their distance. In the files of Hugging Face the partner
+of number i is number i + E / 2 ("half-split").
+"""
 
 # Shape letters: N tokens, E head dim.
 
@@ -20,12 +26,12 @@ def rotation(
     """cos and sin of the rotary angles, (N, 1, E) in dtype, for positions (N,)."""
     frequencies = rope_frequencies(rope, head_dim).to(positions.device, non_blocking=True)
     angles = positions[:, None].float() * frequencies  # (N, E / 2)
-    angles = torch.cat((angles, angles), -1).unsqueeze(1)  # (N, 1, E), half-split as in HF files
+    angles = torch.cat((angles, angles), -1).unsqueeze(1)  # (N, 1, E), the same for both halves
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
 def rope_frequencies(rope: Rope, head_dim: int) -> Tensor:
-    """Angle per position of each pair of dimensions, (E / 2,) fp32.
+    """Angle per position of each pair of numbers, (E / 2,) fp32.
 
     The scaling by wavelength is `apply_scaling` of llama-models, its constants from config.json.
     """
@@ -33,11 +39,14 @@ def rope_frequencies(rope: Rope, head_dim: int) -> Tensor:
     frequencies = 1.0 / rope.theta**exponents
     if rope.factor == 1.0:
         return frequencies
-    wavelengths = 2 * math.pi / frequencies
-    # 0 where the wavelength is long (divide by the factor), 1 where it is short (leave alone).
-    blend = (rope.original_max_position / wavelengths - rope.low_freq_factor) / (
-        rope.high_freq_factor - rope.low_freq_factor
-    )
+
+    # Pairs that turn high_freq_factor times or more within the original context tell tokens nearby
+    # apart; they stay as they are (blend 1). Those that turn low_freq_factor times or less, which
+    # is once, would come to angles that pretraining never had beyond that context; they are slowed
+    # down by the factor (blend 0). Between the two it is a mixture.
+    wavelengths = 2 * math.pi / frequencies  # in positions
+    turns = rope.original_max_position / wavelengths
+    blend = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
     blend = blend.clamp(0, 1)
     return (1 - blend) * frequencies / rope.factor + blend * frequencies
 
@@ -49,7 +58,7 @@ def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
 
 
 class _Rotate(torch.autograd.Function):
-    """A gradient is turned back; autograd would go through the steps of `_turn` one by one."""
+    """The gradient of a turn is the turn back. Autograd would go back through each step of it."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -64,9 +73,10 @@ class _Rotate(torch.autograd.Function):
 
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
-    """x * cos + (-second half, first half) * sin, without putting the halves together."""
+    """x * cos + (-second half, first half) * sin, by the angles (sign 1) or back (sign -1)."""
+    half = x.shape[-1] // 2
     turned = x * cos
-    first, second = (slice(None, x.shape[-1] // 2), slice(x.shape[-1] // 2, None))
-    turned[..., first].addcmul_(x[..., second], sin[..., first], value=-sign)
-    turned[..., second].addcmul_(x[..., first], sin[..., second], value=sign)
+    # In place, half by half: the tensor (-second half, first half) is never made.
+    turned[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-sign)
+    turned[..., half:].addcmul_(x[..., :half], sin[..., half:], value=sign)
     return turned

@@ -1,4 +1,4 @@
-"""silu(gate) * up (Shazeer 2020, arXiv 2002.05202); what backward can compute again is not kept."""
+"""SwiGLU, silu(gate) * up (Shazeer 2020, arXiv 2002.05202), with its backward written by hand."""
 
 # Shape letters: N tokens, F MLP features.
 
@@ -19,7 +19,10 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 
 class _Swiglu(torch.autograd.Function):
-    """Autograd would keep silu(gate) too: a sixth of what a whole block keeps."""
+    """Autograd would save silu(gate) too, which is a sixth of what a whole block saves.
+
+    Backward computes it again from gate, which is cheap: no matrix product is in it.
+    """
 
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
@@ -31,6 +34,7 @@ class _Swiglu(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
         grad_up = F.silu(gate).mul_(grad)
+        # silu_backward multiplies what comes in with silu'(gate), here in place.
         grad_gate = grad * up
         torch.ops.aten.silu_backward.grad_input(grad_gate, gate, grad_input=grad_gate)
         return grad_gate, grad_up

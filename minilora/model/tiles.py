@@ -1,4 +1,9 @@
-"""Tiles: the runs of whole documents that a block computes at one time."""
+"""Tiles: the runs of whole documents that a block computes at one time, and pieces of them.
+
+A block's attention is computed tile by tile. Its MLP, which is wider, is computed piece by piece:
+most tiles are one piece, but a document that is longer than a tile should be makes a long tile,
+and then the MLP goes through it in several pieces.
+"""
 
 # Shape letters: N tokens, H heads, K kv heads, E head dim.
 
@@ -12,6 +17,7 @@ import torch
 from torch import Tensor
 
 from minilora.model.attention import causal_attention
+from minilora.model.dropout import MaskPlace
 from minilora.model.llama_shape import LlamaShape
 from minilora.model.rope import rotation
 
@@ -23,7 +29,10 @@ class Attend(Protocol):
 
 
 class Tile(Protocol):
-    """A run of tokens that a block computes at one time; its MLP walks the pieces of it."""
+    """What a block must know of the tokens that it computes at one time.
+
+    `DocumentTile` is the one of training, `decode.CachedTile` the one of answering.
+    """
 
     @property
     def rows(self) -> slice: ...
@@ -35,7 +44,10 @@ class Tile(Protocol):
     def rotation(self) -> tuple[Tensor, Tensor]: ...
 
     @property
-    def seed(self) -> int: ...
+    def masks(self) -> MaskPlace: ...
+
+    @property
+    def graph_only(self) -> bool: ...
 
     @property
     def attend(self) -> Attend: ...
@@ -43,11 +55,11 @@ class Tile(Protocol):
 
 @dataclass(frozen=True)
 class DocumentTile:
-    """Whole documents at `rows` of the flat run; each attends within itself.
+    """Whole documents at `rows` of the flat run of tokens; each attends within itself.
 
-    pieces: rows within the tile, more than one where a document is longer than a tile should be;
-    rotation: cos and sin, (N, 1, E); lengths: tokens of each document; boundaries: their running
-    sum, (documents + 1,) int32; seed: of the dropout masks.
+    pieces: rows within the tile, in order. rotation: cos and sin of rope, (N, 1, E) each.
+    lengths: tokens of each document. boundaries: their running sum from 0, (documents + 1,) int32.
+    masks: where dropout is in the step. graph_only: see `recompute.Rows`.
     """
 
     rows: slice
@@ -55,18 +67,21 @@ class DocumentTile:
     rotation: tuple[Tensor, Tensor]
     lengths: tuple[int, ...]
     boundaries: Tensor
-    seed: int
+    masks: MaskPlace
+    graph_only: bool = False
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """query: (N, H, E); key, value: (N, K, E). Returns (N, H, E)."""
         return causal_attention(query, key, value, self.lengths, self.boundaries)
 
 
 @dataclass(frozen=True)
 class MlpPiece:
-    """Rows of a tile that the MLP computes at one time."""
+    """Rows of a tile that the MLP computes at one time; the fields are those of a tile."""
 
     rows: slice
-    seed: int
+    masks: MaskPlace
+    graph_only: bool = False
 
 
 def document_tiles(
@@ -78,29 +93,32 @@ def document_tiles(
 ) -> list[DocumentTile]:
     """Lay tiles of documents one after another, on the device and in the dtype of `like`.
 
-    lengths: of each document of each tile, in tokens; seed: of the dropout of the whole run;
-    piece_tokens: most rows that the MLP computes at one time, None for whole tiles.
-    Rotation tables are computed in fp32 and kept in that dtype.
+    lengths: for each tile the lengths of its documents, in tokens. seed: of the span's dropout.
+    piece_tokens: the most rows that the MLP computes at one time, None for whole tiles.
+    Rotation tables are computed in fp32 and stored in the dtype of `like`.
     """
-    tiles, start = [], 0
-    for index, tile in enumerate(lengths):
-        total = sum(tile)
+    tiles: list[DocumentTile] = []
+    start = 0
+    for index, documents in enumerate(lengths):
+        total = sum(documents)
         piece = piece_tokens or total
-        # On the host first: hundreds of short documents would be hundreds of tiny kernels. And
-        # non_blocking: otherwise each copy waits until the GPU has done all it was asked before.
-        positions = torch.cat([torch.arange(length) for length in tile])
+
+        # Positions restart at every document. They are made on the host, because there may be
+        # hundreds of short documents, and each would start a tiny kernel on the GPU. The copies
+        # are non_blocking, because a blocking one waits until the GPU has finished all its work.
+        positions = torch.cat([torch.arange(length) for length in documents])  # (N,)
         positions = positions.to(like.device, non_blocking=True)
-        boundaries = torch.tensor([0, *tile]).cumsum(0, dtype=torch.int32)
-        boundaries = boundaries.to(like.device, non_blocking=True)
-        tiles.append(
-            DocumentTile(
-                rows=slice(start, start + total),
-                pieces=tuple(slice(at, at + piece) for at in range(0, total, piece)),
-                rotation=rotation(shape.rope, shape.head_dim, positions, like.dtype),
-                lengths=tuple(tile),
-                boundaries=boundaries,
-                seed=(seed * 10007 + index) * 1009,  # room for the seeds of its pieces
-            )
+        boundaries = torch.tensor([0, *documents]).cumsum(0, dtype=torch.int32)
+        boundaries = boundaries.to(like.device, non_blocking=True)  # (documents + 1,)
+
+        tile = DocumentTile(
+            rows=slice(start, start + total),
+            pieces=tuple(slice(at, at + piece) for at in range(0, total, piece)),
+            rotation=rotation(shape.rope, shape.head_dim, positions, like.dtype),
+            lengths=tuple(documents),
+            boundaries=boundaries,
+            masks=MaskPlace(seed, tile=index),
         )
+        tiles.append(tile)
         start += total
     return tiles

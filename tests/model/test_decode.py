@@ -37,7 +37,7 @@ def test_logits_with_the_cache_equal_those_without(model: Llama) -> None:
     logits = tile.next_logits([d[:start] for d, start in zip(documents, starts, strict=True)])
     for document, start, row in zip(whole, starts, logits, strict=True):
         torch.testing.assert_close(row, document[start - 1], atol=2e-5, rtol=0)
-    tile.keep([0, 2])
+    tile.keep_only([0, 2])
     for step in range(4):
         logits = tile.next_logits([[documents[0][12 + step]], [documents[2][2 + step]]])
         torch.testing.assert_close(logits[0], whole[0][12 + step], atol=2e-5, rtol=0)

@@ -25,9 +25,9 @@ from minilora.model.llama import Llama
 from minilora.model.lora import inject, lora_parameters
 from minilora.model.lora_shape import LoraShape
 from minilora.model.tiles import document_tiles
+from tests.support.models import TARGETS
 
 META = torch.device("meta")
-TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 TILES = ((7, 5), (20,))
 LENGTH = 32
 # Name -> changes to the adapter, to config.json.

@@ -8,14 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from minilora.files.model_config import read_model_config, shape_from_config
+from minilora.files.model_config import read_model_config
+from minilora.files.weights import TensorPart, read_checkpoint, read_parts
 from minilora.model.llama import Llama
-from minilora.model.lora import LoraLinear, inject, lora_parameters
+from minilora.model.lora import inject, lora_parameters
 from minilora.model.lora_shape import LoraShape
-from minilora.model.rope import rotation
-from tests.support.models import LLAMA3_ROPE, ours, random_llama, tiles_of
+from tests.support.models import ours, random_llama, tiles_of
 from tests.support.oracle import TARGETS, base_model, document_loss_sum, ours_to_peft, with_lora
 
 
@@ -98,74 +97,12 @@ def test_every_lora_gradient_equals_peft(changes: dict[str, object]) -> None:
     check_gradients(theirs, model, documents, tiles_of(model, (5,), (40, 12), (3,)))
 
 
-@pytest.mark.parametrize("rope", [LLAMA3_ROPE, {"rope_type": "default", "rope_theta": 2e6}])
-def test_rotation_in_all_three_bands_equals_transformers(rope: dict[str, object]) -> None:
-    theirs = random_llama(head_dim=64, rope_parameters=rope)
-    shape = shape_from_config(theirs.config.to_dict())
-    positions = torch.cat(
-        [torch.arange(0, 64), torch.arange(8190, 8260), torch.arange(131000, 131072)]
-    )
-    for dtype in (torch.float32, torch.bfloat16):
-        like = torch.zeros(1, dtype=dtype)
-        cos, sin = LlamaRotaryEmbedding(theirs.config)(like, positions[None])
-        mine = rotation(shape.rope, shape.head_dim, positions, dtype)
-        torch.testing.assert_close(mine[0][:, 0], cos[0], rtol=0, atol=0)
-        torch.testing.assert_close(mine[1][:, 0], sin[0], rtol=0, atol=0)
-
-
-def test_injection_changes_no_output_and_no_name() -> None:
-    model = ours(random_llama())
-    names = {name for name, _ in model.named_parameters()}
-    ids = torch.randint(0, 128, (20,))
-    with torch.no_grad():
-        before = model.logits(ids, tiles_of(model, (20,)))
-        inject(model, LoraShape(4, 8, 0.0, ("q_proj", "down_proj")), seed=0)
-        after = model.logits(ids, tiles_of(model, (20,)))
-    assert torch.equal(before, after)
-    added = {name for name, _ in model.named_parameters()} - names
-    assert names < {name for name, _ in model.named_parameters()}
-    assert added == {
-        f"model.layers.{layer}.{module}.lora_{ab}"
-        for layer in (0, 1)
-        for module in ("self_attn.q_proj", "mlp.down_proj")
-        for ab in "AB"
-    }
-    assert {name for name, p in model.named_parameters() if p.requires_grad} == added
-
-
-def test_lora_a_is_kaiming_uniform_and_depends_on_seed_and_name_alone() -> None:
-    def start(seed: int, **changes: object) -> dict[str, Tensor]:
-        model = ours(random_llama(hidden_size=256, **changes))
-        inject(model, LoraShape(8, 16, 0.0, TARGETS), seed)
-        return {name: parameter.data for name, parameter in lora_parameters(model)}
-
-    first, second, other = start(3), start(3, num_hidden_layers=1), start(4)
-    for name, tensor in second.items():
-        assert torch.equal(tensor, first[name])
-    a = first["model.layers.0.self_attn.q_proj.lora_A"]
-    bound = 256**-0.5
-    assert 0.98 * bound < a.abs().max() <= bound and abs(a.mean()) < 0.05 * bound
-    assert not torch.equal(a, other["model.layers.0.self_attn.q_proj.lora_A"])
-    assert not torch.equal(a, first["model.layers.1.self_attn.q_proj.lora_A"])
-    assert not torch.equal(a[:, :32], first["model.layers.0.self_attn.k_proj.lora_A"][:, :32])
-    assert all(not tensor.any() for name, tensor in first.items() if name.endswith("lora_B"))
-
-
-def test_only_targeted_layers_become_lora() -> None:
-    model = ours(random_llama())
-    inject(model, LoraShape(2, 4, 0.0, ("v_proj",)), seed=0)
-    found = {name for name, module in model.named_modules() if isinstance(module, LoraLinear)}
-    assert found == {"model.layers.0.self_attn.v_proj", "model.layers.1.self_attn.v_proj"}
-
-
 def test_a_checkpoint_on_disk_gives_transformers_logits(tiny: Path, tiny_tied: Path) -> None:
-    from minilora.files.weights import TensorPart, read_checkpoint, read_parts
-
     for folder in (tiny, tiny_tied):
         checkpoint = read_checkpoint(read_model_config(folder))
         model = Llama(checkpoint.shape)
-        pieces = [TensorPart(n, 0, p.data.view(-1)) for n, p in model.named_parameters()]
-        assert read_parts(checkpoint, pieces) == checkpoint.total_bytes
+        parts = [TensorPart(n, 0, p.data.view(-1)) for n, p in model.named_parameters()]
+        assert read_parts(checkpoint, parts) == checkpoint.total_bytes
         ids = torch.randint(0, checkpoint.shape.vocab_size, (25,))
         with torch.no_grad():
             mine = model.logits(ids, tiles_of(model, (25,)))

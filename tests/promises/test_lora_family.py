@@ -8,24 +8,22 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from minilora.files.adapter import WEIGHTS, read_adapter, read_adapter_base, write_adapter
 from minilora.files.adapter_config import CONFIG, read_adapter_shape
 from minilora.files.model_config import read_model_config
 from minilora.files.weights import read_checkpoint
 from minilora.generate import load
-from minilora.model.llama import Linear, Llama
-from minilora.model.lora import LoraLinear, inject, lora_parameters, row_norms
-from minilora.model.lora_shape import Layer, LoraShape
+from minilora.model.llama import Llama
+from minilora.model.lora import inject, lora_parameters
+from minilora.model.lora_shape import LoraShape
 from minilora.model.tiles import document_tiles
-from minilora.settings.errors import RequestError
-from minilora.settings.settings import MethodSettings
 from tests.support.merging import PLAIN, logits, make, merge, model_of, tensors_of
 from tests.support.models import ours, random_llama, tiles_of
-from tests.support.oracle import TARGETS, base_model, document_loss_sum, ours_to_peft, with_lora
+from tests.support.oracle import document_loss_sum, ours_to_peft, with_lora
 from tests.support.runs import VARIANTS, variant_shape
 
 # Fields of PEFT's LoraConfig.
@@ -111,60 +109,6 @@ def test_logits_and_every_gradient_equal_pefts(name: str, bias: bool, recompute:
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=2e-5 * float(expected.abs().max()))
 
 
-class SameMask(nn.Module):
-    """Instead of PEFT's dropout: what ours makes of the input."""
-
-    def __init__(self, dropped: Tensor) -> None:
-        super().__init__()
-        self.dropped = dropped
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.dropped
-
-
-@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
-def test_dora_drops_what_peft_drops(bias: bool) -> None:
-    base = nn.Sequential()
-    base.add_module("q_proj", nn.Linear(12, 7, bias))
-    config = LoraConfig(
-        r=3, lora_alpha=5, target_modules=["q_proj"], use_dora=True, lora_dropout=0.5
-    )
-    theirs = get_peft_model(base, config).base_model.model.q_proj
-    x = torch.randn(9, 12, requires_grad=True)
-    same = SameMask(x * torch.bernoulli(torch.full_like(x, 0.5)) * 2)
-    theirs.lora_dropout["default"] = same
-    plain = Linear(7, 12, bias)
-    plain.load_state_dict(theirs.base_layer.state_dict())
-    mine = LoraLinear(plain, Layer(7, 12, 3, 5 / 3, True), 0, torch.float32, same)
-    found = dict(theirs.named_parameters())
-    trained = []
-    for name in ("lora_A", "lora_B", "lora_magnitude_vector"):
-        parameter = found[f"{name}.default.weight"]
-        parameter.data = torch.randn_like(parameter)
-        mine.get_parameter(name).data.copy_(parameter.data)
-        trained.append((mine.get_parameter(name), parameter))
-    torch.testing.assert_close(mine(x), theirs(x))
-    grad = torch.randn(9, 7)
-    grads = (
-        torch.autograd.grad(layer(x), [x, *leaves], grad, retain_graph=True)
-        for layer, leaves in zip((mine, theirs), zip(*trained, strict=True), strict=True)
-    )
-    for ours_, peft in zip(*grads, strict=True):
-        torch.testing.assert_close(ours_, peft)
-
-
-def test_norms_of_rows_are_those_of_the_matrix_that_is_not_made() -> None:
-    weight, a, b = torch.randn(6, 9), torch.randn(2, 9), torch.randn(6, 2)
-    exact = (weight.double() + 1.7 * b.double() @ a.double()).norm(dim=1)
-    torch.testing.assert_close(row_norms(weight, a, b, 1.7).double(), exact, rtol=1e-6, atol=0)
-    low = [tensor.bfloat16() for tensor in (weight, a, b)]
-    near = (low[0].double() + 1.7 * low[2].double() @ low[1].double()).norm(dim=1)
-    assert (row_norms(*low, 1.7).dtype, low[0].dtype) == (torch.float32, torch.bfloat16)
-    torch.testing.assert_close(row_norms(*low, 1.7).double(), near, rtol=5e-3, atol=0)
-    zero = row_norms(torch.zeros(6, 9), a, torch.zeros(6, 2), 1.7)
-    assert ((zero > 0) & (zero < 1e-15)).all(), "0 / 0 would be no number"
-
-
 @pytest.fixture(params=ADAPTERS)
 def written(request: pytest.FixtureRequest, tiny: Path, tmp_path: Path) -> Path:
     """An adapter that PEFT wrote, every number of it moved."""
@@ -238,32 +182,6 @@ def test_what_cannot_be_combined_is_refused(
     assert merge(tiny, f"{whole},{plain}", tmp_path / "both") == 0
 
 
-@pytest.mark.parametrize(
-    "target",
-    [
-        ("all",),
-        ("up_proj", "q_proj"),
-        ("mlp.up_proj", "layers.1.self_attn.q_proj", "model.layers.0.mlp.down_proj"),
-        (r"model\.layers\.1\.(self_attn|mlp)\.[qu].*",),
-        (r".*_proj",),
-    ],
-    ids=str,
-)
-def test_settings_name_the_layers_as_peft_does(tiny: Path, target: tuple[str, ...]) -> None:
-    shape = read_checkpoint(read_model_config(tiny)).shape
-    patterns = {r"1\..*q_proj": 3, r".*_proj": 9}  # the first that matches counts
-    lora = LoraShape.of(MethodSettings(lora_target=target, rank_pattern=patterns), shape)
-    named = TARGETS if target == ("all",) else target if len(target) > 1 else target[0]
-    peft = with_lora(base_model(tiny), lora.rank, lora.alpha, named, rank_pattern=patterns)
-    theirs = {
-        name.removeprefix("base_model.model.").removesuffix(".lora_A.default.weight"): len(tensor)
-        for name, tensor in peft.named_parameters()
-        if "lora_A" in name
-    }
-    assert {path: layer.rank for path, layer in lora.layers(shape).items()} == theirs
-    assert set(theirs.values()) == {3, 9}
-
-
 def test_the_order_of_patterns_is_kept_on_disk(tiny: Path, tmp_path: Path) -> None:
     shape = read_checkpoint(read_model_config(tiny)).shape
     patterns = {"q_proj": 2, r".*_proj": 3}  # sorted, the second would win
@@ -272,20 +190,3 @@ def test_the_order_of_patterns_is_kept_on_disk(tiny: Path, tmp_path: Path) -> No
     read = read_adapter_shape(tmp_path, shape, 0.0)
     assert read.layers(shape) == lora.layers(shape)
     assert {layer.rank for layer in lora.layers(shape).values()} == {2, 3}
-
-
-def test_a_name_or_pattern_begins_where_a_part_of_the_path_does(tiny: Path) -> None:
-    """As in PEFT, for which `proj` is the end of no path, though q_proj ends with it."""
-    shape = read_checkpoint(read_model_config(tiny)).shape
-    with pytest.raises(RequestError, match="lora_target: no layer is called proj"):
-        LoraShape.of(MethodSettings(lora_target=("proj",)), shape)
-    with pytest.raises(RequestError, match="rank_pattern: 'proj' matches the end of no path"):
-        LoraShape.of(MethodSettings(rank_pattern={"proj": 2}), shape)
-    peft = with_lora(base_model(tiny), 4, 8, TARGETS, rank_pattern={"proj": 2})
-    assert {len(p) for name, p in peft.named_parameters() if "lora_A" in name} == {4}
-
-
-def test_a_tied_head_is_not_trained_alone(tiny_tied: Path) -> None:
-    shape = read_checkpoint(read_model_config(tiny_tied)).shape
-    with pytest.raises(RequestError, match="additional_target: this checkpoint ties lm_head"):
-        LoraShape.of(MethodSettings(additional_target=("lm_head",)), shape)

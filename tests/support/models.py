@@ -1,13 +1,18 @@
-"""Random Llamas of transformers, and ours with their weights."""
+"""Random Llamas of transformers, ours with their weights, and ours with LoRA in training."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from minilora.files.model_config import shape_from_config
 from minilora.model.llama import Llama
-from minilora.model.tiles import document_tiles
+from minilora.model.lora import inject, lora_parameters
+from minilora.model.lora_shape import LoraShape
+from minilora.model.tiles import DocumentTile, document_tiles
 
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -17,6 +22,8 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+LENGTHS = (7, 20, 5, 11, 3)  # the documents of `batch`
 
 
 def random_llama(**changes: object) -> LlamaForCausalLM:
@@ -41,6 +48,7 @@ def random_llama(**changes: object) -> LlamaForCausalLM:
 
 
 def ours(theirs: LlamaForCausalLM, keep_blocks: int = 0) -> Llama:
+    """Our model with the weights of theirs."""
     shape = shape_from_config(theirs.config.to_dict())
     model = Llama(shape, keep_blocks)
     expected = set(shape.parameter_shapes())
@@ -50,5 +58,41 @@ def ours(theirs: LlamaForCausalLM, keep_blocks: int = 0) -> Llama:
     return model
 
 
-def tiles_of(model: Llama, *lengths: tuple[int, ...]) -> list:
+def tiles_of(model: Llama, *lengths: Sequence[int]) -> list[DocumentTile]:
     return document_tiles(model.shape, lengths, 0, torch.empty(0))
+
+
+def adapted_llama(
+    keep_blocks: int = 0, dropout: float = 0.0, dtype: torch.dtype = torch.float32
+) -> Llama:
+    """Two blocks with LoRA on all layers, of which the last ones save their activations."""
+    model = ours(random_llama(), keep_blocks)
+    inject(model, LoraShape(4, 8, dropout, TARGETS), seed=0)
+    generator = torch.Generator().manual_seed(2)
+    for name, parameter in lora_parameters(model):
+        if name.endswith("lora_B"):
+            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.2
+    return model.to(dtype)
+
+
+def batch() -> tuple[Tensor, Tensor]:
+    """Token ids and labels of documents of LENGTHS; every third token has no label."""
+    generator = torch.Generator().manual_seed(5)
+    token_ids = torch.randint(0, 128, (sum(LENGTHS),), generator=generator)
+    labelled = torch.arange(len(token_ids)) % 3 > 0
+    return token_ids, torch.where(labelled, token_ids.roll(-1), -100)
+
+
+def gradients(
+    model: Llama, lengths: Sequence[Sequence[int]], piece_tokens: int | None = None
+) -> dict[str, Tensor]:
+    """The gradient of every trained parameter for the batch in tiles of these lengths."""
+    token_ids, labels = batch()
+    like = torch.empty(0, dtype=model.lm_head.weight.dtype)
+    tiles = document_tiles(model.shape, lengths, 0, like, piece_tokens)
+    model(token_ids, labels, tiles, 1.0).backward()
+    found = {}
+    for name, parameter in lora_parameters(model):
+        assert parameter.grad is not None and parameter.grad.any(), name
+        found[name] = parameter.grad
+    return found
