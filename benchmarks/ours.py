@@ -90,7 +90,7 @@ def run(turns: Turns) -> None:
     settings = replace(settings, train=replace(options, gather_tokens=way.gather_tokens))
     turns.counted["kept"] = plan.keep_blocks
     phases = StartupTimes()
-    phases.done = turns.mark  # type: ignore[method-assign]
+    phases.finished = turns.mark  # type: ignore[method-assign]
     engine = Engine(world, plan, phases)
     job = Job(settings, documents, schedule, plan.lora, State(0, 0, {}, {}, {}))
     with Watch(turns, engine, options, schedule.total_steps, world.rank == 0) as report:

@@ -65,13 +65,13 @@ class Engine:
         self.trained_dtype = self.dtype if self.stage else torch.float32
         ds_config = plan.ds_config | ({} if self.stage else {"bf16": {"enabled": False}})
         self.model = self._build(plan)
-        phases.done("model")
+        phases.finished("model")
         with world.agreed():
             self.bytes_read = read_parts(plan.checkpoint, self._pieces())
         for name, value in (plan.adapter or self._magnitudes()).items():
             start, kept = self._partition(self.model.get_parameter(name))
             kept.copy_(value.view(-1)[start : start + len(kept)])
-        phases.done("weights")
+        phases.finished("weights")
         if self.stage == 3:
             ds.set_z3_leaf_modules(self.model, [Block])
         train, self.tile_tokens = plan.train, plan.train.tile_tokens
@@ -88,7 +88,7 @@ class Engine:
             model=self.model, optimizer=self.adam, config=ds_config, dist_init_required=False
         )
         self.engine.train()
-        phases.done("DeepSpeed")
+        phases.finished("DeepSpeed")
         self.grad_norm = 0.0
 
     def forward_backward(self, span: Span, scale: float, last: bool) -> Tensor:

@@ -37,9 +37,9 @@ def run(settings: Settings) -> None:
     Raises RequestError before the first step, RunError or Stopped for what happens in the run.
     """
     phases = StartupTimes()
-    phases.done("imports")
+    phases.finished("imports")
     plan = check(settings)
-    phases.done("checks")
+    phases.finished("checks")
     world = World(settings.train)
     output = settings.output
     try:
@@ -48,7 +48,7 @@ def run(settings: Settings) -> None:
             with world.agreed():
                 if world.rank == 0:
                     stack.enter_context(claimed(output))
-            phases.done("processes")
+            phases.finished("processes")
             run_in(world, settings, plan, phases)
             world.close()
     except (RunError, Stopped) as error:
@@ -78,7 +78,7 @@ def run_in(world: World, settings: Settings, plan: ModelRecipe, phases: StartupT
         shape.break_even_length,
         (start.step, start.rows),
     )
-    phases.done("tokens")
+    phases.finished("tokens")
     facts = Facts(
         world.size, shape.hidden_size, options.computes_in_bf16(torch.cuda.is_available())
     )
