@@ -92,7 +92,7 @@ def run(turns: Turns) -> None:
     plan = replace(plan, keep_blocks=way.keep_blocks)
     turns.counted["kept"] = plan.keep_blocks
     phases = StartupTimes()
-    phases.done = turns.mark  # type: ignore[method-assign]
+    phases.finished = turns.mark  # type: ignore[method-assign]
     engine = Engine(world, plan, phases)
     with Watch(turns, engine, options, schedule.total_steps, world.rank == 0) as log:
         job = Job(

@@ -69,24 +69,24 @@ def read(argv: Sequence[str] | None) -> argparse.Namespace:
 def main() -> None:
     own = read(None)
     phases, folder = StartupTimes(), own.folder / own.size
-    phases.done("imports")
+    phases.finished("imports")
     if not (folder / "model.safetensors.index.json").exists():
         write_holes(folder, SIZES[own.size])
-        phases.done("(writing holes)")
+        phases.finished("(writing holes)")
     words = [f"--model_name_or_path={folder}", "--dataset=none", "--bf16=true", "--lora_rank=16"]
     words += [f"--output_dir={own.folder / 'run'}", "--overwrite_output_dir=true"]
     settings = read_settings([*words, "--keep_blocks=0"], "train")
     world = Pretended(own.ranks, own.device)
-    phases.done("processes")
+    phases.finished("processes")
     request = check(settings)
-    phases.done("checks")
+    phases.finished("checks")
     engine = Engine(world, request.recipe(keep_blocks=0), phases)
     ready = sum(phases.seconds.values()) - phases.seconds.get("(writing holes)", 0.0)
     ids = torch.arange(8)
     engine.forward_backward(Span(ids, ids, ((8,),), 0), 1.0, last=True)
     if own.device == "cuda":
         torch.cuda.synchronize()
-    phases.done("first forward and backward")
+    phases.finished("first forward and backward")
     total = request.checkpoint.total_bytes
     found = {"seconds_to_first_forward": ready, "phases": phases.seconds, "ranks": own.ranks}
     found |= {"read": engine.bytes_read, "of": total, "share": engine.bytes_read / total}

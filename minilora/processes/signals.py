@@ -7,19 +7,19 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from types import FrameType, TracebackType
 from typing import NoReturn
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-# Launchers pass on a Ctrl-C that the terminal has sent to every process already.
+
+# The terminal sends Ctrl-C to every process, and launchers pass it on once more.
 ECHO_SECONDS = 1
 
 
 class Stopped(BaseException):
     """The run was asked to stop, and did so with everything written.
 
-    No Exception: libraries catch those.
+    It is no Exception, because libraries catch those. number: of the signal.
     """
 
     def __init__(self, number: int, message: str) -> None:
@@ -32,6 +32,7 @@ def stopping_at_once() -> Iterator[None]:
     """Outside the steps a signal raises Stopped, wherever the process is."""
 
     def stop(number: int, frame: FrameType | None) -> NoReturn:
+        # A second signal must not interrupt the clean-up after the first one.
         for other in SIGNALS:
             signal.signal(other, signal.SIG_IGN)
         raise Stopped(number, f"{signal.Signals(number).name}: stopped outside the steps")
@@ -47,7 +48,8 @@ def stopping_at_once() -> Iterator[None]:
 class StopRequest:
     """Notes the first signal; a second one of the same kind ends the process at once.
 
-    That the launcher has ended counts as SIGTERM: nobody waits for this process any more.
+    If the launcher has ended, that counts as SIGTERM: it was asked to stop, or it was killed and
+    can never stop this process.
     """
 
     def __init__(self) -> None:
@@ -59,9 +61,11 @@ class StopRequest:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None,
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
         where: TracebackType | None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         for number, handler in zip(SIGNALS, self._before, strict=True):
             signal.signal(number, handler)
 
@@ -74,15 +78,23 @@ class StopRequest:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._number = self._number or number
+
+        # The launcher's echo of the same Ctrl-C is not a second request.
         signal.signal(number, signal.SIG_IGN)
         time.sleep(ECHO_SECONDS)
         signal.signal(number, signal.SIG_DFL)
 
 
 def _launchers() -> list[int]:
-    """The processes above this one that started it to wait for it; none without a launcher."""
-    parent = os.getppid()
-    if "CROSS_RANK" in os.environ:  # DeepSpeed's launcher is two processes, one above the other
-        stat = Path(f"/proc/{parent}/stat").read_text(encoding="utf-8", errors="replace")
-        return [parent, int(stat.rpartition(") ")[2].split()[1])]
-    return [parent] if "TORCHELASTIC_RUN_ID" in os.environ else []
+    """The processes above this one that started it and wait for it; none without a launcher."""
+    # Here, because --help is answered without it, and this file is imported before.
+    import psutil
+
+    if "CROSS_RANK" in os.environ:
+        levels = 2  # DeepSpeed's launcher is two processes, one above the other
+    elif "TORCHELASTIC_RUN_ID" in os.environ:
+        levels = 1
+    else:
+        levels = 0
+    above = psutil.Process().parents() if levels else []
+    return [process.pid for process in above[:levels]]

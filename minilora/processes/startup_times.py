@@ -1,4 +1,4 @@
-"""Seconds of the start, by phase."""
+"""How long each part of the start of a run took."""
 
 from __future__ import annotations
 
@@ -8,25 +8,28 @@ from pathlib import Path
 
 
 class StartupTimes:
-    """Seconds of each phase, one after another, the first from the start of the process on."""
+    """Seconds of each part of the start, one after another; the first begins with the process."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
-        self._last = 0.0
+        self._last_end = 0.0
 
-    def done(self, phase: str) -> None:
-        """The end of a phase is now."""
+    def finished(self, part: str) -> None:
+        """Note that a part ends now: `times.finished("imports")`."""
         now = _age()
-        self.seconds[phase], self._last = now - self._last, now
+        self.seconds[part] = now - self._last_end
+        self._last_end = now
 
     def __str__(self) -> str:
-        phases = ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in self.seconds.items())
-        return f"{self._last:.1f} s since the launch: {phases}"
+        parts = ", ".join(f"{part} {seconds:.1f}" for part, seconds in self.seconds.items())
+        return f"{self._last_end:.1f} s since the launch: {parts}"
 
 
 def _age() -> float:
     """Seconds since this process started, Python's own start included."""
-    # proc_pid_stat(5): field 22, counted in clock ticks since boot; names may have spaces.
+    # Not psutil's create_time: it adds a boot time that the kernel gives in whole seconds.
+    # proc_pid_stat(5): field 22 is the start in clock ticks since boot. Field 2 is the name, which
+    # may hold spaces, so count from the bracket after it; field 3 comes first there.
     fields = Path("/proc/self/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
-    started = int(fields[19]) / os.sysconf("SC_CLK_TCK")
+    started = int(fields[22 - 3]) / os.sysconf("SC_CLK_TCK")
     return time.clock_gettime(time.CLOCK_BOOTTIME) - started

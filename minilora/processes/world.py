@@ -19,37 +19,45 @@ from minilora.processes.watch import Watch, this_process
 from minilora.settings.errors import RequestError, RunError
 from minilora.settings.settings import TrainSettings
 
-LINK_SECONDS = 30  # in which the ranks must manage to add up a megabyte
+# The time in which the ranks must manage to add up a megabyte. A sound link needs milliseconds.
+LINK_SECONDS = 30
+
+# Waiting on the host may take as long as one process needs to tokenise or to write.
+HOST_PATIENCE = timedelta(days=7)
 
 
 class World:
     """The processes of the run. Made first, closed last.
 
+    rank, size: of this process among all of the run, and their number
+    local_rank: of this process among those of its machine
+    device: where this process computes
+    host_group: a gloo group of all processes, for messages between hosts
+    watch: ends this process if another one is lost
+
     Raises RequestError for bf16 on a GPU that has none.
     """
 
     def __init__(self, train: TrainSettings) -> None:
-        if "RANK" not in os.environ:  # started without a launcher: a world of one
-            alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
-            os.environ.update(alone, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
-        on_gpu = torch.cuda.is_available()
+        if "RANK" not in os.environ:
+            _pretend_a_launcher_of_one()
         self.local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-        self.device = torch.device("cuda", self.local_rank) if on_gpu else torch.device("cpu")
+
+        on_gpu = torch.cuda.is_available()
         if on_gpu:
+            self.device = torch.device("cuda", self.local_rank)
             expand_segments()
             torch.cuda.set_device(self.device)
-            if train.computes_in_bf16(on_gpu) and not torch.cuda.is_bf16_supported(
-                including_emulation=False
-            ):
-                name = torch.cuda.get_device_name()
-                raise RequestError(
-                    [f"bf16: {name} has none, only Ampere and later; set bf16: false"]
-                )
+            if train.computes_in_bf16(on_gpu):
+                _check_bf16_of_the_gpu()
+        else:
+            self.device = torch.device("cpu")
+
         patience = timedelta(seconds=train.ddp_timeout)
         dist.init_process_group("nccl" if on_gpu else "gloo", timeout=patience)
-        self.rank, self.size = dist.get_rank(), dist.get_world_size()
-        # Host-side messages; waiting here may take as long as one process tokenises or writes.
-        self.host_group = dist.new_group(backend="gloo", timeout=timedelta(days=7))
+        self.rank = dist.get_rank()
+        self.size = dist.get_world_size()
+        self.host_group = dist.new_group(backend="gloo", timeout=HOST_PATIENCE)
         self.watch = Watch(self.rank, self.gather_objects(this_process()), train)
 
     def try_links(self) -> None:
@@ -59,12 +67,14 @@ class World:
         """
         remedy = "on GPUs without peer-to-peer (RTX 4090) set NCCL_P2P_DISABLE=1 and start again"
         too_late = f"the ranks could not add up 1 MB in {LINK_SECONDS} s: {remedy}"
+
+        # A collective that hangs cannot be given up, so a timer ends the process.
         late = threading.Timer(LINK_SECONDS, self.watch.end, [too_late])
         late.start()
         try:
-            numbers = torch.ones(2**18, device=self.device)
-            dist.all_reduce(numbers)
-            wrong = int((numbers != self.size).sum())
+            ones = torch.ones(2**18, device=self.device)  # 1 MB in fp32
+            dist.all_reduce(ones)
+            wrong = int((ones != self.size).sum())
         finally:
             late.cancel()
         if wrong:
@@ -83,7 +93,9 @@ class World:
             mine = error.problems
         except OSError as error:
             mine = [f"{error.filename}: {error.strerror}"]
-        problems = [*dict.fromkeys(chain.from_iterable(self.gather_objects(mine)))]
+
+        # Each problem once, in the order of the ranks.
+        problems = list(dict.fromkeys(chain.from_iterable(self.gather_objects(mine))))
         if problems:
             raise RequestError(problems)
 
@@ -94,7 +106,7 @@ class World:
         return gathered
 
     def gather_numbers(self, mine: Sequence[float]) -> list[list[float]]:
-        """The numbers of every rank, by rank. Collective; a handful of bytes."""
+        """The numbers of every rank, by rank, in fp64. Collective; a handful of bytes."""
         row = torch.tensor(mine, dtype=torch.float64, device=self.device)
         rows = [torch.empty_like(row) for _ in range(self.size)]
         dist.all_gather(rows, row)
@@ -107,7 +119,23 @@ class World:
         dist.destroy_process_group()
 
 
+def _pretend_a_launcher_of_one() -> None:
+    """Set what a launcher sets: without one, this process is a world of its own."""
+    os.environ["RANK"] = "0"
+    os.environ["LOCAL_RANK"] = "0"
+    os.environ["WORLD_SIZE"] = "1"
+    os.environ["MASTER_ADDR"] = "127.0.0.1"
+    os.environ["MASTER_PORT"] = str(_free_port())
+
+
 def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def _check_bf16_of_the_gpu() -> None:
+    """Raise RequestError if the GPU could only emulate bf16."""
+    if not torch.cuda.is_bf16_supported(including_emulation=False):
+        name = torch.cuda.get_device_name()
+        raise RequestError([f"bf16: {name} has none, only Ampere and later; set bf16: false"])

@@ -3,6 +3,8 @@
 LLaMA-Factory's ways of writing them all work: `--key value`, `--key=value`, `--flag`, `key=value`.
 """
 
+from __future__ import annotations
+
 import difflib
 import sys
 from argparse import ArgumentParser, Namespace
@@ -13,9 +15,11 @@ from typing import Any
 from minilora.settings.errors import RequestError
 from minilora.settings.fields import BOOLEANS, kind_of, typed
 from minilora.settings.foreign_keys import IGNORED, IGNORED_PREFIXES, OFF, REFUSED, asks_for_nothing
-from minilora.settings.settings import GROUPS, Settings, all_settings
+from minilora.settings.keys import GROUPS, all_settings
+from minilora.settings.settings import Settings
 from minilora.settings.settings_file import NULL, Given, Raw, read_file
 
+# The keys without a default, by command.
 REQUIRED: Mapping[str, tuple[str, ...]] = {
     "train": ("model_name_or_path", "dataset", "output_dir"),
     "plan": ("model_name_or_path",),
@@ -33,6 +37,7 @@ def read_settings(argv: Sequence[str], command: str) -> Settings:
     if "--help" in argv or "-h" in argv:
         print(help_text(command))
         raise SystemExit(0)
+
     path, overrides, problems = parse_command_line(argv)
     given: dict[str, Given] = {}
     required = REQUIRED[command]
@@ -42,16 +47,15 @@ def read_settings(argv: Sequence[str], command: str) -> Settings:
             problems += repeated
         except RequestError as error:
             problems += error.problems
-            required = ()  # who knows what stands in the file
+            required = ()  # they may stand in the file that could not be read
     given |= overrides
-    given.pop("local_rank", None)
-    settings, more = _settings_of(given)
-    problems += more
-    problems += [
-        f"{key} is missing: give it in the file or as --{key} VALUE"
-        for key in required
-        if key not in given or given[key].raw is None
-    ]
+    given.pop("local_rank", None)  # launchers add it; the environment says the same
+
+    settings, more_problems = _settings_of(given)
+    problems += more_problems
+    for key in required:
+        if key not in given or given[key].raw is None:
+            problems.append(f"{key} is missing: give it in the file or as --{key} VALUE")
     if problems:
         raise RequestError(problems)
     return settings
@@ -60,12 +64,12 @@ def read_settings(argv: Sequence[str], command: str) -> Settings:
 def read_options(
     parser: ArgumentParser, argv: Sequence[str] | None, command: str
 ) -> tuple[Namespace, Settings]:
-    """A command's own options, and the settings that the rest of its arguments are.
+    """A command's own options, and the settings that the other arguments give.
 
-    Raises as `read_settings`.
+    Raises what `read_settings` raises.
     """
     own, rest = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
-    if {"-h", "--help"} & {*rest}:
+    if "--help" in rest or "-h" in rest:
         parser.print_help()
     return own, read_settings(rest, command)
 
@@ -73,74 +77,94 @@ def read_options(
 def parse_command_line(argv: Sequence[str]) -> tuple[str | None, dict[str, Given], list[str]]:
     """Split arguments into the settings file, the keys given (the last one wins) and problems."""
     kinds = {item.name: kind_of(item)[0] for _, item in all_settings()}
-    path, given, problems = None, {}, []
+    path: str | None = None
+    given: dict[str, Given] = {}
+    problems = []
+
     words = list(argv)
     while words:
         word = words.pop(0)
         key, equals, value = word.removeprefix("--").partition("=")
-        raw: Raw = value
+
         if word.startswith("--") and key:
             key = key.replace("-", "_")
             raw = value if equals else _value_after(words, kinds.get(key))
             if raw is None:
                 problems.append(f"--{key} ({COMMAND_LINE}): a value is missing: --{key} VALUE")
-                continue
-        elif not equals or not key.isidentifier():
-            if path is not None or word.startswith("-"):
-                problems.append(
-                    f"{word!r} ({COMMAND_LINE}) is not understood: write --key value, "
-                    "after at most one settings file"
-                )
             else:
-                path = word
-            continue
-        given[key] = Given(None if raw in NULL[1:] else raw, COMMAND_LINE)
+                given[key] = _given(raw)
+        elif equals and key.isidentifier():
+            given[key] = _given(value)
+        elif path is None and not word.startswith("-"):
+            path = word
+        else:
+            problems.append(
+                f"{word!r} ({COMMAND_LINE}) is not understood: write --key value, after at most "
+                "one settings file"
+            )
     return path, given, problems
 
 
+def _given(raw: str) -> Given:
+    """A word of the command line. Empty text stays text there: only a file has empty values."""
+    value: Raw = None if raw in NULL and raw else raw
+    return Given(value, COMMAND_LINE)
+
+
 def _value_after(words: list[str], kind: type | None) -> str | None:
-    """Take the value of `--key` off the words that follow it; a flag without one is true."""
+    """Take the value of `--key` off the words that follow it; None if there is none.
+
+    kind: the key's type, None for a key that is not known. A flag without a value is true, so a
+    true-or-false setting takes only words that are values of one: what follows may be the file.
+    """
     following = words[0] if words else "--"
     if kind is bool:
-        takes = following.lower() in (*BOOLEANS, *NULL)
+        is_value = following.lower() in (*BOOLEANS, *NULL)
     else:
-        takes = not following.startswith("--")
-    if takes:
+        is_value = not following.startswith("--")
+
+    if is_value:
         return words.pop(0)
     return "true" if kind in (bool, None) else None
 
 
-def _settings_of(given: dict[str, Given]) -> tuple[Settings, list[str]]:
+def _settings_of(given: Mapping[str, Given]) -> tuple[Settings, list[str]]:
     """Type and check the given values; where there are problems the settings mean nothing."""
-    given, problems, notices = _sort_out(given)
+    known, problems, notices = _without_foreign_keys(given)
+
     values: dict[str, Any] = {}
     for _, item in all_settings():
-        if item.name in given and given[item.name].raw is not None:
+        if item.name in known and known[item.name].raw is not None:
             try:
-                values[item.name] = typed(item, given[item.name].raw)
+                values[item.name] = typed(item, known[item.name].raw)
             except ValueError as error:
-                problems.append(f"{item.name} ({given[item.name].origin}): {error}")
+                problems.append(f"{item.name} ({known[item.name].origin}): {error}")
+
     schedule = values.get("lr_scheduler_type")
     if schedule == "constant" and (values.get("warmup_steps") or values.get("warmup_ratio")):
         notices.append("lr_scheduler_type constant has no warm-up; see constant_with_warmup")
-    groups = {
-        group: kind(
-            **{item.name: values[item.name] for item in fields(kind) if item.name in values}
-        )
-        for group, kind in GROUPS.items()
-    }
-    origins = {key: given[key].origin for key in values}
+
+    groups = {}
+    for group, declaration in GROUPS.items():
+        names = [item.name for item in fields(declaration) if item.name in values]
+        groups[group] = declaration(**{name: values[name] for name in names})
+    origins = {key: known[key].origin for key in values}
     try:
         return Settings(**groups, notices=tuple(notices), origins=origins), problems
     except RequestError as error:
         return Settings(), problems + list(error.problems)
 
 
-def _sort_out(given: dict[str, Given]) -> tuple[dict[str, Given], list[str], list[str]]:
+def _without_foreign_keys(
+    given: Mapping[str, Given],
+) -> tuple[dict[str, Given], list[str], list[str]]:
     """The keys that are settings; and the problems and notices that the others cause."""
     names = [item.name for _, item in all_settings()]
     settings: dict[str, Given] = {}
-    problems, notices, ignored = [], [], []
+    problems: list[str] = []
+    notices: list[str] = []
+    ignored: list[str] = []
+
     for key, value in given.items():
         where = f"{key} ({value.origin})"
         if key in names:
@@ -152,9 +176,9 @@ def _sort_out(given: dict[str, Given]) -> tuple[dict[str, Given], list[str], lis
                     "neat_packing means packing: packed documents never see each other here"
                 )
         elif key in REFUSED:
-            harmless, remedy = REFUSED[key]
-            if not asks_for_nothing(value.raw, harmless):
-                problems.append(f"{where}: {value.raw!r} is not supported: {remedy}")
+            refusal = REFUSED[key]
+            if not asks_for_nothing(value.raw, refusal.harmless):
+                problems.append(f"{where}: {value.raw!r} is not supported: {refusal.remedy}")
         elif key in IGNORED or key.startswith(IGNORED_PREFIXES):
             ignored.append(key)
         else:
@@ -162,6 +186,7 @@ def _sort_out(given: dict[str, Given]) -> tuple[dict[str, Given], list[str], lis
             close = difflib.get_close_matches(key, known, n=1)
             hint = f"did you mean {close[0]}?" if close else "--help lists every key"
             problems.append(f"{where} is not a known key: {hint}")
+
     if ignored:
         notices.append(f"ignored, they mean nothing here: {', '.join(sorted(ignored))}")
     return settings, problems, notices
@@ -173,9 +198,9 @@ def help_text(command: str) -> str:
         f"usage: python -m minilora.{command} [CONFIG.yaml | CONFIG.json] [--key value ...]",
         "CONFIG holds the same keys, one `key: value` per line; --key value overrides it.",
     ]
-    for group, kind in GROUPS.items():
+    for group, declaration in GROUPS.items():
         lines += ["", f"{group}:"]
-        for item in fields(kind):
+        for item in fields(declaration):
             line = f"  --{item.name:<28} {item.metadata['help']}"
             if item.metadata["choices"]:
                 line += f" One of {', '.join(item.metadata['choices'])}."
@@ -186,6 +211,9 @@ def help_text(command: str) -> str:
 
 
 def _shown(value: object) -> str:
+    """A default as a user would write it."""
     if isinstance(value, tuple):
         return ",".join(value)
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    if isinstance(value, bool):
+        return str(value).lower()
+    return str(value)

@@ -1,4 +1,6 @@
-"""What ends a run, and with which exit code."""
+"""What ends a run early, and with which exit code."""
+
+from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
@@ -13,30 +15,41 @@ class RequestError(Exception):
         self.problems = tuple(problems)
 
 
-def shortened(problems: Sequence[str], most: int = 5) -> list[str]:
-    """The first of many problems of one kind, and how many more there are."""
-    more = len(problems) - most
-    return [*problems[:most], *([f"... and {more} more like the last one"] if more > 0 else [])]
-
-
 class RunError(Exception):
-    """Something happened in the run: exit code 1, with what happened and the next step."""
+    """Something happened in the run: exit code 1, with what happened and the next step.
 
-    told = False  # whether it has been printed already
+    told: whether the message has been printed already.
+    """
+
+    told = False
+
+
+def shortened(problems: Sequence[str], most: int = 5) -> list[str]:
+    """The first of many problems of one kind, and a line that says how many more there are."""
+    shown = list(problems[:most])
+    if len(problems) > most:
+        shown.append(f"... and {len(problems) - most} more like the last one")
+    return shown
 
 
 def exit_code(work: Callable[[], int | None]) -> int:
-    """Do the work of a command, and say on stderr what ends it.
+    """Do the work of a command, and print on stderr what went wrong.
 
-    Returns what the work returns, or 0; 1 something happened, 2 the request is wrong, 130 Ctrl-C.
+    Returns what the work returns, or 0 for None; 1 if something happened, 2 if the request is
+    wrong, 130 after Ctrl-C.
     """
     try:
         return work() or 0
     except RequestError as error:
-        code, problems = 2, error.problems
+        _print_problems(error.problems)
+        return 2
     except (RunError, OSError) as error:
-        code, problems = 1, (str(error),)
+        _print_problems([str(error)])
+        return 1
     except KeyboardInterrupt:
         return 130
-    print(*(f"error: {problem}" for problem in problems), sep="\n", file=sys.stderr)
-    return code
+
+
+def _print_problems(problems: Sequence[str]) -> None:
+    for problem in problems:
+        print(f"error: {problem}", file=sys.stderr)

@@ -1,6 +1,7 @@
 """Read a settings file, YAML or JSON: every value as it was written, and on which line."""
 
-import json
+from __future__ import annotations
+
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,12 +9,15 @@ from typing import Any
 import yaml
 
 from minilora.settings.errors import RequestError
+from minilora.settings.text_files import parse_json, read_text
 
-# A scalar is text, before its setting gives it a type; None is null.
+# A value before its setting gives it a type: scalars are text, and None is null.
 Raw = str | list[Any] | dict[Any, Any] | None
 
+# The ways to write null in YAML 1.1.
 NULL = ("", "~", "null", "Null", "NULL")
-_WANTED = "settings; write one `key: value` per line, such as `lora_rank: 16`"
+
+_NEEDED = "settings; write one `key: value` per line, such as `lora_rank: 16`"
 
 
 @dataclass(frozen=True)
@@ -25,33 +29,33 @@ class Given:
 
 
 def read_file(path: str) -> tuple[dict[str, Given], list[str]]:
-    """Read a YAML or JSON file of settings as (key -> value, keys that stand twice).
+    """Read a YAML or JSON file of settings. Returns key -> value, and a problem for each repeat.
 
     Raises RequestError when there is no such file, or it is no mapping of keys to values.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-        return (_read_json if path.endswith(".json") else _read_yaml)(path, text)
-    except RecursionError:
-        problem = f"{path}: nested too deeply; write key: value lines"
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        if isinstance(error, UnicodeDecodeError):
-            reason = "not UTF-8 text"
-        problem = f"{path}: cannot read the settings: {reason}; check the path"
-    raise RequestError([problem])
+        text = read_text(Path(path))
+    except RequestError as error:
+        # Any word of the command line without dashes is taken for the file, so say what it is.
+        raise RequestError([f"settings file: {problem}" for problem in error.problems]) from None
+
+    return _read_json(path, text) if path.endswith(".json") else _read_yaml(path, text)
 
 
 def _read_yaml(path: str, text: str) -> tuple[dict[str, Given], list[str]]:
     given: dict[str, Given] = {}
-    problems = []
-    # BaseLoader leaves every scalar as it was written: YAML 1.1 would read `no` as false and
-    # `5e-5` as text, and only the setting knows which type it wants.
+    repeated = []
     try:
+        # BaseLoader leaves every scalar as it was written. YAML 1.1 would read `no` as false and
+        # `5e-5` as text, and only the setting knows which type it needs.
         loader = yaml.BaseLoader(text)
         node = loader.get_single_node()
+        if node is None:
+            raise RequestError([f"{path}: empty: no {_NEEDED}"])
         if not isinstance(node, yaml.MappingNode):
-            raise RequestError([f"{path}: {'not' if node else 'empty: no'} {_WANTED}"])
+            raise RequestError([f"{path}: not {_NEEDED}"])
+
+        # The nodes know their lines; a dictionary made by the loader would not.
         for key_node, value_node in node.value:
             key = str(loader.construct_object(key_node, deep=True))
             origin = f"{path}:{key_node.start_mark.line + 1}"
@@ -60,34 +64,42 @@ def _read_yaml(path: str, text: str) -> tuple[dict[str, Given], list[str]]:
             if isinstance(raw, str) and value_node.style is None and raw in NULL:
                 raw = None
             if key in given:
-                problems.append(f"{key} ({origin}) stands already at {given[key].origin}")
+                repeated.append(f"{key} ({origin}) stands already at {given[key].origin}")
             given[key] = Given(raw, origin)
+    except RecursionError:
+        problem = f"{path}: not YAML that can be read: nested too deeply"
+        raise RequestError([problem]) from None
     except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f"{path}:{mark.line + 1}" if mark else path
-        reason = getattr(error, "problem", None) or getattr(error, "reason", None) or "broken"
-        remedy = "correct that line (`key: value`, spaces instead of tabs)"
-        raise RequestError([f"{place}: not YAML: {reason}; {remedy}"]) from None
-    return given, problems
+        raise RequestError([_yaml_problem(path, error)]) from None
+    return given, repeated
+
+
+def _yaml_problem(path: str, error: yaml.YAMLError) -> str:
+    mark = getattr(error, "problem_mark", None)
+    place = f"{path}:{mark.line + 1}" if mark else path
+    reason = getattr(error, "problem", None) or getattr(error, "reason", None) or "broken"
+    return f"{place}: not YAML: {reason}; correct that line (`key: value`, spaces instead of tabs)"
 
 
 def _read_json(path: str, text: str) -> tuple[dict[str, Given], list[str]]:
-    problems: list[str] = []
+    repeated: list[str] = []
 
     def mapping(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         names = [name for name, _ in pairs]
         twice = sorted({name for name in names if names.count(name) > 1})
-        problems.extend(f"{name} ({path}) stands there more than once" for name in twice)
+        repeated.extend(f"{name} ({path}) stands there more than once" for name in twice)
+        # Booleans as YAML has them: the setting decides what is one.
         return {name: str(raw).lower() if isinstance(raw, bool) else raw for name, raw in pairs}
 
-    try:
-        # Numbers stay as they were written, like in YAML.
-        loaded = json.loads(
-            text, object_pairs_hook=mapping, parse_int=str, parse_float=str, parse_constant=str
-        )
-    except json.JSONDecodeError as error:
-        problem = f"{path}:{error.lineno}: not JSON: {error.msg}; correct that line"
-        raise RequestError([problem]) from None
+    # As in YAML, numbers stay as they were written.
+    loaded = parse_json(
+        path,
+        text,
+        object_pairs_hook=mapping,
+        parse_int=str,
+        parse_float=str,
+        parse_constant=str,
+    )
     if not isinstance(loaded, dict):
-        raise RequestError([f"{path}: not {_WANTED}"])
-    return {key: Given(raw, path) for key, raw in loaded.items()}, problems
+        raise RequestError([f"{path}: not {_NEEDED}"])
+    return {key: Given(raw, path) for key, raw in loaded.items()}, repeated

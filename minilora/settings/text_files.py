@@ -1,4 +1,6 @@
-"""Text and JSON files: what is wrong with one is said with its name and line."""
+"""Read text and JSON files. Messages name the file, and the line where it is known."""
+
+from __future__ import annotations
 
 import json
 from pathlib import Path
@@ -8,28 +10,35 @@ from minilora.settings.errors import RequestError
 
 
 def read_text(path: Path) -> str:
-    """The text of a UTF-8 file. Raises RequestError."""
-    data = b""
-    if path.exists() and not path.is_file():
-        raise RequestError([f"{path}: not a plain file"])  # a pipe would never end
+    """The text of a UTF-8 file, without a byte order mark. Raises RequestError."""
     try:
+        # Reading a named pipe would wait for a writer that never comes.
+        if path.exists() and not path.is_file():
+            raise RequestError([f"{path}: not a plain file"])
         data = path.read_bytes()
-        return data.decode("utf-8-sig")
     except OSError as error:
         raise RequestError([f"{path}: {str(error.strerror).lower()}"]) from None
+    except ValueError as error:  # a path with a zero byte
+        raise RequestError([f"{path}: {error}"]) from None
+
+    try:
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data[: error.start].count(b"\n") + 1
         raise RequestError([f"{path}:{line}: not UTF-8; save the file as UTF-8"]) from None
 
 
-def parse_json(path: Path, text: str) -> Any:
-    """The value that the text of this file spells. Raises RequestError."""
+def parse_json(path: Path | str, text: str, **options: Any) -> Any:
+    """The value that the text of this file spells. options: of json.loads. Raises RequestError."""
     try:
-        return json.loads(text)
+        return json.loads(text, **options)
     except json.JSONDecodeError as error:
-        raise RequestError([f"{path}:{error.lineno}: not JSON: {error.msg}"]) from None
-    except (ValueError, RecursionError) as error:
-        raise RequestError([f"{path}: not JSON that can be read: {error}"]) from None
+        problem = f"{path}:{error.lineno}: not JSON: {error.msg}; correct that line"
+    except RecursionError:
+        problem = f"{path}: not JSON that can be read: nested too deeply"
+    except ValueError as error:  # a number with more digits than Python takes
+        problem = f"{path}: not JSON that can be read: {error}"
+    raise RequestError([problem])
 
 
 def read_json(path: Path) -> dict[str, Any]:

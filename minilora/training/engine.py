@@ -70,13 +70,13 @@ class Engine:
         # Empty parameters first, so that no rank ever holds a whole model that will be partitioned.
         self._start_deepspeed(recipe)
         self.model = self._build(recipe)
-        times.done("model")
+        times.finished("model")
 
         # Each rank reads only the bytes of its own partitions.
         with world.agreed():
             self.bytes_read = read_parts(recipe.checkpoint, self._parts_to_read())
         self._start_adapter(recipe.adapter)
-        times.done("weights")
+        times.finished("weights")
 
         # A block is gathered as a whole when it is entered, not one linear layer after another.
         if self.stage == 3:
@@ -90,7 +90,7 @@ class Engine:
             model=self.model, optimizer=self.adam, config=ds_config, dist_init_required=False
         )
         self.engine.train()
-        times.done("DeepSpeed")
+        times.finished("DeepSpeed")
 
     def forward_backward(self, span: Span, scale: float, last: bool) -> Tensor:
         """One DeepSpeed micro-step: the span's summed loss times `scale`, gradients accumulated.

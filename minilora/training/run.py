@@ -38,9 +38,9 @@ def run(settings: Settings) -> None:
     Raises RequestError before the first step, RunError or Stopped for what happens in the run.
     """
     times = StartupTimes()
-    times.done("imports")
+    times.finished("imports")
     request = check(settings)
-    times.done("checks")
+    times.finished("checks")
 
     world = World(settings.train)
     try:
@@ -49,7 +49,7 @@ def run(settings: Settings) -> None:
             with world.agreed():
                 if world.rank == 0:
                     stack.enter_context(claimed(settings.output))
-            times.done("processes")
+            times.finished("processes")
             run_in(world, request, times)
             world.close()
 
@@ -80,7 +80,7 @@ def run_in(world: World, request: CheckedRequest, times: StartupTimes) -> None:
         base = read_adapter_base(settings.base)
     done = (start.state.step, start.state.rows)
     schedule = Schedule.of(documents.lengths, settings, world.size, shape.break_even_length, done)
-    times.done("tokens")
+    times.finished("tokens")
 
     # What the plan decides stands beside what was asked: neither overwrites the other.
     forecast = foresee(

@@ -3,6 +3,8 @@
 MINILORA_EXAMPLES says how many requests each test makes.
 """
 
+from __future__ import annotations
+
 import json
 import os
 from typing import Any
@@ -12,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minilora.settings.command_line import read_settings
-from minilora.settings.foreign_keys import REFUSED
-from minilora.settings.settings import Settings, all_settings
+from minilora.settings.foreign_keys import IGNORED, REFUSED
+from minilora.settings.keys import all_settings
+from minilora.settings.settings import Settings
 from tests.support.any_value import found_or_refused, values
 
 NEEDED = "model_name_or_path: base\ndataset: rows.json\noutput_dir: out\n"
@@ -23,7 +26,7 @@ any_request = settings(
     max_examples=int(os.environ.get("MINILORA_EXAMPLES", "100")),
 )
 words = st.one_of(
-    st.sampled_from([item.name for _, item in all_settings()] + list(REFUSED)),
+    st.sampled_from([*(item.name for _, item in all_settings()), *REFUSED, *sorted(IGNORED)]),
     st.text(max_size=12),
 )
 
