@@ -34,7 +34,8 @@ HEART = """
 training/loop training/milestones training/engine training/deepspeed_internals
 training/learning_rate training/run
 model/attention model/dropout model/linear model/llama model/llama_shape model/lora
-model/lora_shape model/loss model/offload model/recompute model/rope model/swiglu model/tiles
+model/lora_shape model/loss model/nf4 model/nf4_shape model/nf4_triton model/offload
+model/recompute model/rope model/swiglu model/tiles
 data/documents data/schedule data/steps
 files/weights
 """.split()
@@ -129,6 +130,7 @@ def test_who_may_import_what() -> None:
             assert not within(name, "torch"), f"{where}: the plan is arithmetic"
         if within(module, "minilora.model"):
             ours = within(name, "torch", "minilora.settings", "minilora.model")
+            ours |= module == "minilora.model.nf4_triton" and within(name, "triton")
             assert ours or name.split(".")[0] in sys.stdlib_module_names, f"{where}: torch alone"
 
 
