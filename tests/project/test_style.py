@@ -29,13 +29,13 @@ FLOORS = {
 }
 COMMANDS = 4
 
-# What is written here by hand because it is what the project is for: a reader's afternoon.
+# A reader's afternoon: what one optimizer step executes, from its documents to the update, and how
+# weights come from their files. Left out is what a first reader can skip: the run around the loop,
+# DeepSpeed's workarounds, the names that settings give to layers, answers, the CUDA kernel.
 HEART = """
-training/loop training/milestones training/engine training/deepspeed_internals
-training/learning_rate training/run
-model/attention model/dropout model/linear model/llama model/llama_shape model/lora
-model/lora_shape model/loss model/nf4 model/nf4_shape model/nf4_triton model/offload
-model/recompute model/rope model/swiglu model/tiles
+training/loop training/job training/milestones training/engine training/learning_rate
+model/attention model/dropout model/linear model/llama model/llama_shape model/lora model/loss
+model/nf4 model/nf4_shape model/offload model/recompute model/rope model/swiglu model/tiles
 data/documents data/schedule data/steps
 files/weights
 """.split()
