@@ -144,8 +144,8 @@ class _Recompute(torch.autograd.Function):
                 graph = ctx.graphs.pop(0)
             else:
                 # The output is dropped at once, before memory is needed for the gradients.
-                again = replace(tile, graph_only=True)
-                graph = _forward_with_graph(ctx.body, hidden, again)[1]
+                for_graph = replace(tile, graph_only=True)
+                graph = _forward_with_graph(ctx.body, hidden, for_graph)[1]
 
             inputs = (graph.input, *ctx.parameters)
             grad_input, *grads = torch.autograd.grad(graph.end, inputs, grad_output[tile.rows])
