@@ -6,7 +6,8 @@ they must stay plain text: else a row of data could end its own turn and begin a
 the finished text the two look the same, so they are told apart before the template is rendered:
 
 1. `mark_specials` puts a mark into what looks like a special token in the users' texts, after its
-   first character. The mark is a private-use character of Unicode that none of these texts has.
+   first character. The mark is a private-use character of Unicode that neither these texts nor
+   the template have.
 2. The template is rendered with the marked texts. Its own special tokens have no mark.
 3. `encode` cuts the rendered text at the special tokens, which now are the template's alone, takes
    the marks out of the texts between them, and encodes these as plain text.
@@ -24,6 +25,7 @@ from typing import Any
 
 import tokenizers
 
+from minilora.data.conversations import BadRow
 from minilora.settings.errors import RequestError
 from minilora.settings.text_files import read_json, read_text
 
@@ -107,17 +109,20 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 def mark_specials(tokenizer: Tokenizer, texts: Sequence[str]) -> tuple[list[str], str]:
     """These texts with a mark in everything that looks like a special token, and the mark.
 
-    The mark is one for all texts, and in none of them; it is "" if no text needs it.
+    The mark is one for all texts, and in none of them; it is "" if no text needs it. Raises BadRow
+    if every private-use character is in them.
     """
     if not any(tokenizer.pattern.search(text) for text in texts):
         return list(texts), ""
-    used = set().union(*texts)
-    mark = next(character for character in map(chr, PRIVATE_USE) if character not in used)
+    used = set(tokenizer.chat_template or "").union(*texts)
+    mark = next((character for character in map(chr, PRIVATE_USE) if character not in used), None)
+    if mark is None:
+        raise BadRow("a text has a special token and every private-use character of Unicode")
 
-    def broken(match: re.Match[str]) -> str:
+    def with_mark(match: re.Match[str]) -> str:
         return match[0][0] + mark + match[0][1:]
 
-    return [tokenizer.pattern.sub(broken, text) for text in texts], mark
+    return [tokenizer.pattern.sub(with_mark, text) for text in texts], mark
 
 
 def encode(
@@ -143,6 +148,7 @@ def encode(
         for piece in pieces:
             tokens += ids[piece] if isinstance(piece, str) else [piece]
             tokens_before.append(len(tokens))
+
         ends = []
         for index, characters in part_ends:
             end = tokens_before[index]
