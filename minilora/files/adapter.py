@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -17,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from minilora.data.tokenizer_files import TokenizerFiles
 from minilora.files.adapter_config import CONFIG, peft_config
 from minilora.model.lora_shape import LoraShape
 from minilora.settings.errors import RequestError, RunError, shortened
@@ -24,45 +24,6 @@ from minilora.settings.errors import RequestError, RunError, shortened
 WEIGHTS = "adapter_model.safetensors"
 # PEFT wraps the model twice, and the names of both wrappers stand before every parameter.
 PREFIX = "base_model.model."
-# The files that transformers writes for a tokenizer. They are kept beside the adapter, so that
-# whoever serves it uses the tokenizer and the chat template that it was trained with.
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-)
-
-
-@dataclass(frozen=True)
-class AdapterBase:
-    """What the folder of an adapter repeats of the base model.
-
-    path: the base's folder, which adapter_config.json names.
-    tokenizer_files: the content of each of TOKENIZER_FILES that the base has, by its name.
-    """
-
-    path: Path
-    tokenizer_files: Mapping[str, bytes]
-
-
-def read_adapter_base(folder: Path) -> AdapterBase:
-    """Read the tokenizer files of a base model, once for all adapters that a run writes.
-
-    Raises RequestError for a file that cannot be read.
-    """
-    contents = {}
-    for name in TOKENIZER_FILES:
-        path = folder / name
-        try:
-            if not path.exists():
-                continue
-            if not path.is_file():
-                raise RequestError([f"{path}: not a plain file"])  # a pipe would never end
-            contents[name] = path.read_bytes()
-        except OSError as error:
-            raise RequestError([f"{path}: {str(error.strerror).lower()}"]) from None
-    return AdapterBase(folder, contents)
 
 
 def stored_name(parameter: str) -> str:
@@ -78,21 +39,22 @@ def stored_name(parameter: str) -> str:
 
 
 def write_adapter(
-    folder: Path, tensors: Mapping[str, Tensor], lora: LoraShape, base: AdapterBase
+    folder: Path, tensors: Mapping[str, Tensor], lora: LoraShape, base: TokenizerFiles
 ) -> None:
     """Write adapter_model.safetensors, the base's tokenizer files, and adapter_config.json.
 
-    tensors: each trained parameter by its name, on the CPU. Raises OSError.
+    tensors: each trained parameter by its name, on the CPU. base: the base model's tokenizer files;
+    their folder is what adapter_config.json names as the base. Raises OSError.
     """
     folder.mkdir(parents=True, exist_ok=True)
     by_stored_name = {stored_name(name): tensor for name, tensor in tensors.items()}
     write_atomically(folder / WEIGHTS, save(by_stored_name, metadata={"format": "pt"}))
-    for name, content in base.tokenizer_files.items():
+    for name, content in base.contents.items():
         write_atomically(folder / name, content)
 
     # The config is what makes the folder an adapter, so it comes last. Its keys are not sorted:
     # of the patterns in rank_pattern and alpha_pattern the first that matches a layer counts.
-    config = json.dumps(peft_config(lora, base.path), indent=2) + "\n"
+    config = json.dumps(peft_config(lora, base.folder), indent=2) + "\n"
     write_atomically(folder / CONFIG, config.encode())
 
 

@@ -13,11 +13,11 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from minilora.data.tokenizer_files import read_tokenizer_files
 from minilora.files.adapter import (
     WEIGHTS,
     check_adapter,
     read_adapter,
-    read_adapter_base,
     write_adapter,
 )
 from minilora.files.adapter_config import CONFIG, read_adapter_shape
@@ -46,7 +46,7 @@ def written(tiny: Path, tmp_path: Path) -> tuple[Path, LoraShape, dict[str, Tens
     lora = LoraShape(3, 12, 0.0, TARGETS)
     shapes = lora.parameter_shapes(read_checkpoint(read_model_config(tiny)).shape)
     tensors = {name: torch.randn(shape) * 0.3 for name, shape in shapes.items()}
-    write_adapter(tmp_path / "adapter", tensors, lora, read_adapter_base(tiny))
+    write_adapter(tmp_path / "adapter", tensors, lora, read_tokenizer_files(tiny))
     return tmp_path / "adapter", lora, tensors
 
 
@@ -100,7 +100,7 @@ def test_the_tokenizer_is_kept_beside_the_adapter(tmp_path: Path) -> None:
     base.mkdir()
     for name in files:
         (base / name).write_text(name)
-    write_adapter(tmp_path / "out", {}, LoraShape(3, 12, 0.0, TARGETS), read_adapter_base(base))
+    write_adapter(tmp_path / "out", {}, LoraShape(3, 12, 0.0, TARGETS), read_tokenizer_files(base))
     held = {path.name: path.read_text() for path in (tmp_path / "out").iterdir()}
     assert held.keys() == {*files, WEIGHTS, CONFIG}
     assert all(held[name] == name for name in files)
@@ -109,23 +109,23 @@ def test_the_tokenizer_is_kept_beside_the_adapter(tmp_path: Path) -> None:
 def test_the_tokenizer_is_read_once_for_all_adapters_of_a_run(tiny: Path, tmp_path: Path) -> None:
     """What becomes of the base's files while a run goes on changes none of its adapters."""
     folder = Path(shutil.copytree(tiny, tmp_path / "base"))
-    base = read_adapter_base(folder)
-    before = {name: (tiny / name).read_bytes() for name in base.tokenizer_files}
+    base = read_tokenizer_files(folder)
+    before = {name: (tiny / name).read_bytes() for name in base.contents}
     shutil.rmtree(folder)
     for out in (tmp_path / "one", tmp_path / "two"):
         write_adapter(out, {}, LoraShape(3, 12, 0.0, TARGETS), base)
         assert {name: (out / name).read_bytes() for name in before} == before
-    assert read_adapter_base(folder).tokenizer_files == {}
+    assert read_tokenizer_files(folder).contents == {}
 
 
 def test_a_tokenizer_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "tokenizer.json")
     with pytest.raises(RequestError, match="tokenizer.json: not a plain file"):
-        read_adapter_base(tmp_path)
+        read_tokenizer_files(tmp_path)
     (tmp_path / "tokenizer.json").unlink()
     (tmp_path / "tokenizer_config.json").symlink_to("/proc/self/mem")
     with pytest.raises(RequestError, match="tokenizer_config.json: input/output error"):
-        read_adapter_base(tmp_path)
+        read_tokenizer_files(tmp_path)
 
 
 def test_reading_gives_back_what_was_written(
@@ -183,7 +183,7 @@ def test_the_check_after_writing_finds_every_fault(
             check_adapter(folder, tensors)
     for wrong in (torch.full((3, 32), torch.nan), torch.empty(0)):
         broken = {**tensors, next(iter(tensors)): wrong}
-        write_adapter(folder, broken, written[1], read_adapter_base(folder))
+        write_adapter(folder, broken, written[1], read_tokenizer_files(folder))
         with pytest.raises(RunError, match="empty or not finite"):
             check_adapter(folder, broken)
     (folder / WEIGHTS).write_bytes(b"")
