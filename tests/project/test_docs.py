@@ -100,6 +100,7 @@ def selects(words: list[str], node_ids: list[str]) -> bool:
     )
 
 
+@pytest.mark.slow
 def test_every_selection_of_tests_selects_some(node_ids: list[str]) -> None:
     words = [shlex.split(command) for path in DOCS for command in commands(path)]
     selections = [line[line.index("test") + 1 :] for line in words if "test" in line]

@@ -174,6 +174,7 @@ def test_the_predicted_memory_is_what_the_plan_says(
     assert all(number.removesuffix(" GiB") in text_of(ROOT / picture) for number in told)
 
 
+@pytest.mark.slow
 def test_the_demo_commands_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
