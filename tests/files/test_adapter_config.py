@@ -65,7 +65,9 @@ def test_a_choice_of_blocks_becomes_the_paths_of_their_layers(tiny: Path, tmp_pa
         ("r", 0, "r is 0"),
         ("r", "16", "r is '16'"),
         ("lora_alpha", None, "lora_alpha is None"),
-        ("lora_alpha", 10**400, "; a positive number is needed"),
+        pytest.param(
+            "lora_alpha", 10**400, "; a positive number is needed", id="more than a float holds"
+        ),
         ("lora_bias", True, "lora_bias = True is not read here"),
         ("bias", "all", "bias = 'all'"),
         ("modules_to_save", ["norm"], "norm cannot be trained whole; embed_tokens, lm_head can"),
