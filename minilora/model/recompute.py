@@ -150,8 +150,8 @@ class _Recompute(torch.autograd.Function):
             inputs = (graph.input, *ctx.parameters)
             grad_input, *grads = torch.autograd.grad(graph.end, inputs, grad_output[tile.rows])
 
-            # In fp32, because in bf16 a long sum loses what is small beside it: 256 + 1 is 256.
             grad_hidden[tile.rows] = grad_input
+            # Sums in fp32: in bf16 a long sum loses what is small beside it, 256 + 1 is 256.
             if not sums:
                 sums = [grad.float() for grad in grads]
             else:
