@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from minilora.data.chat import Template, make_template
-from minilora.data.conversations import BadRow, Turn, to_turns
-from minilora.data.sources import OPENAI_TAGS, Row, read_rows
+from minilora.data.chat import make_template
+from minilora.data.prompts import encode_prompts, read_prompts
+from minilora.data.sources import Row
 from minilora.data.tokenizer import load_tokenizer
 from minilora.files.adapter import read_adapter
 from minilora.files.adapter_config import read_adapter_shape
@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> None:
     tokenizer = load_tokenizer(args.model_name_or_path)
     template = make_template(args.template, tokenizer, args.system)
     room = (checkpoint.shape.max_positions or math.inf) - args.max_new_tokens
-    encode: Encode = partial(encode_rows, template, room)
+    encode: Encode = partial(encode_prompts, template, room)
     decode: Decode = partial(tokenizer.decode, skip_special_tokens=True)
 
     # A prompt that cannot be answered is refused before the weights are read, which takes long.
@@ -152,53 +152,6 @@ def chat(answer: Answer, encode: Encode, decode: Decode) -> None:
             messages.append({"role": "user", "content": prompt})
             prompts = encode([Row("chat", {"messages": messages})])
             messages.append({"role": "assistant", "content": show(answer(prompts), decode)})
-
-
-def read_prompts(path: Path) -> list[Row]:
-    """Rows with `prompt` or `messages`: of a .jsonl file, or one per line of a .txt file."""
-    if path.suffix not in (".txt", ".jsonl") or not path.is_file():
-        raise RequestError([f"--prompts: {path} is not a .txt or .jsonl file"])
-    rows = read_rows(path)
-    if path.suffix == ".txt":
-        return [Row(row.place, {"prompt": row.value["text"]}) for row in rows]
-    return rows
-
-
-def encode_rows(template: Template, room: float, rows: Sequence[Row]) -> list[list[int]]:
-    """The tokens of every prompt, which may be `room` tokens long.
-
-    Raises RequestError naming each prompt that cannot be answered.
-    """
-    prompts = []
-    problems = []
-    for row in rows:
-        try:
-            prompt = template.prompt(_turns(row.value))
-        except BadRow as error:
-            problems.append(f"{row.place}: {error}")
-            continue
-        if len(prompt) > room:
-            problems.append(
-                f"{row.place}: the prompt's {len(prompt)} tokens and --max_new_tokens exceed "
-                "max_position_embeddings in config.json"
-            )
-        prompts.append(prompt)
-    if problems:
-        raise RequestError(problems)
-    return prompts
-
-
-def _turns(row: Any) -> tuple[Turn, ...]:
-    """The turns of a row that asks. Raises BadRow."""
-    messages = row.get("messages") if isinstance(row, dict) else None
-    if isinstance(row, dict) and "prompt" in row:
-        messages = [{"role": "user", "content": row["prompt"]}]
-    if not isinstance(messages, list):
-        raise BadRow("neither a prompt nor a list of messages")
-
-    # With an empty answer it is a conversation, and is checked as those that are trained on.
-    conversation = {"messages": [*messages, {"role": "assistant", "content": ""}]}
-    return to_turns(conversation, "openai", {"messages": "messages"}, OPENAI_TAGS)[:-1]
 
 
 def load(checkpoint: Checkpoint, adapter: Path | None) -> Llama:

@@ -210,6 +210,7 @@ class Report:
         """Write a log line of the steps since the last one, of which `record` is the last."""
         elapsed = time.monotonic() - self._start
         per_step = elapsed / (record.step - self._started_with.step)
+
         self._write_line(
             {
                 "current_steps": record.step,
@@ -226,6 +227,7 @@ class Report:
                 **record.memory,
             }
         )
+
         self._window_tokens = 0
         self._window_seconds = 0.0
 

@@ -134,6 +134,7 @@ def _config(shape: TinyShape) -> dict[str, Any]:
             "rope_theta": ROPE_THETA,
             "torch_dtype": shape.dtype,
         }
+
     return {
         "_name_or_path": MARK,
         "architectures": ["LlamaForCausalLM"],
@@ -163,6 +164,7 @@ def _shards(
     """Random tensors by name, in shards of at most shard_bytes, or of one tensor."""
     head = "model.embed_tokens.weight" if shape.tied else "lm_head.weight"
     generator = torch.Generator().manual_seed(shape.seed)
+
     shards: list[dict[str, torch.Tensor]] = []
     room = 0
     for name, size in sizes.items():
