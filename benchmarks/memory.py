@@ -154,7 +154,7 @@ def measure(case: Case, size: Size, world: World) -> dict[str, Any]:
 def _engine(case: Case, size: Size, world: World) -> MadeUp:
     settings, shape = case.settings(), _shape(case, size)
     plan = ModelRecipe(
-        checkpoint=Checkpoint(Path("made up"), {}, shape, {}),
+        checkpoint=Checkpoint(Path("made up"), shape, {}),
         lora=LoraShape.of(settings.method, shape),
         adapter={},
         train=settings.train,
