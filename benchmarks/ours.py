@@ -20,7 +20,6 @@ from minilora.files.snapshot import State
 from minilora.files.weights import Checkpoint, TensorPart
 from minilora.memory.in_a_run import foresee
 from minilora.memory.job import memory_job
-from minilora.memory.peak import budget
 from minilora.memory.ways import Way
 from minilora.memory.zero3_gathers import Zero
 from minilora.processes.startup_times import StartupTimes
@@ -82,12 +81,13 @@ def run(turns: Turns) -> None:
         max_steps=turns.order.steps + 1,  # the turns end the run before its last step
         disable_shuffling=True,
     )
-    setup = memory_job(settings, size.shape, Zero.of(plan.ds_config), world.size)
-    setup = replace(setup, bf16=settings.train.computes_in_bf16(torch.cuda.is_available()))
-    asked = Way(variant.name, setup, budget(setup)), dict[str, Zero]()
-    way = foresee(world, asked, plan.lora, schedule, settings.keeps_what_fits).asked.setup
-    plan = replace(plan, keep_blocks=way.keep_blocks)
-    settings = replace(settings, train=replace(options, gather_tokens=way.gather_tokens))
+    memory = memory_job(settings, size.shape, Zero.of(plan.ds_config), world.size)
+    bf16 = settings.train.computes_in_bf16(torch.cuda.is_available())
+    asked = Way(variant.name, replace(memory, bf16=bf16))
+    forecast = foresee(world, asked, {}, plan.lora, schedule, settings.keeps_what_fits)
+    decided = forecast.decided.job
+    plan = replace(plan, keep_blocks=decided.keep_blocks)
+    settings = replace(settings, train=replace(options, gather_tokens=decided.gather_tokens))
     turns.counted["kept"] = plan.keep_blocks
     phases = StartupTimes()
     phases.done = turns.mark  # type: ignore[method-assign]

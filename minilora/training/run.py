@@ -83,13 +83,14 @@ def run_in(world: World, settings: Settings, plan: ModelRecipe, phases: StartupT
         world.size, shape.hidden_size, options.computes_in_bf16(torch.cuda.is_available())
     )
     ds_configs = read_deepspeed_files(options, facts)
-    asked = asked_way(settings, shape, ds_configs, world.size, torch.cuda.is_available())
-    forecast = foresee(world, asked, plan.lora, schedule, settings.keeps_what_fits)
+    asked, files = asked_way(settings, shape, ds_configs, world.size, torch.cuda.is_available())
+    forecast = foresee(world, asked, files, plan.lora, schedule, settings.keeps_what_fits)
     # Before the weights, which may take their time.
     _tell(world, settings.notices, notes, forecast.opening(options.strict_plan))
-    way = forecast.asked.setup
-    options = replace(options, gather_tokens=way.gather_tokens)
-    settings, plan = replace(settings, train=options), replace(plan, keep_blocks=way.keep_blocks)
+    decided = forecast.decided.job
+    options = replace(options, gather_tokens=decided.gather_tokens)
+    settings = replace(settings, train=options)
+    plan = replace(plan, keep_blocks=decided.keep_blocks)
     with forecast.explaining(world.rank, options):
         engine = Engine(world, plan, phases)
         if snapshot is not None:
