@@ -33,7 +33,7 @@ from minilora.files.model_config import shape_from_config
 from minilora.files.weights import Checkpoint
 from minilora.memory.job import MemoryJob, memory_job
 from minilora.memory.measured import expand_segments
-from minilora.memory.peak import CONTEXT, GIB, NCCL, budget
+from minilora.memory.peak import CONTEXT, GIB, NCCL, peak_memory
 from minilora.memory.zero3_gathers import Zero
 from minilora.model.llama_shape import LlamaShape
 from minilora.model.lora_shape import LoraShape
@@ -214,26 +214,26 @@ def _batch(case: Case, world: World) -> Step:
 
 def predict(case: Case, size: Size, ranks: int, on_gpu: bool) -> dict[str, Any]:
     """What the plan says: the same keys as `measure` where it counts the same."""
-    needs = budget(_setup(case, size, ranks, on_gpu))
-    phases = dict(needs.phases)
+    peak = peak_memory(_memory_job(case, size, ranks, on_gpu))
+    moments = dict(peak.by_moment)
     if case.offload_activations and not on_gpu:  # what is away is counted with the rest
-        inputs = next(t.bytes for t in needs.host if t.name.startswith("block inputs")) // ranks
-        for phase in ("forward", "loss", "recompute"):
+        inputs = next(t.bytes for t in peak.host if t.name.startswith("block inputs")) // ranks
+        for moment in ("forward", "loss", "recompute"):
             away = size.layers - case.keep_blocks
-            phases[phase] += inputs * (away - (phase == "recompute")) // away
-    found = {"run": max(phases.values()), "total": needs.total, "gathered": needs.gathered}
-    found |= phases
-    for term in needs.terms:
+            moments[moment] += inputs * (away - (moment == "recompute")) // away
+    found = {"run": max(moments.values()), "total": peak.total, "gathered": peak.gathered}
+    found |= moments
+    for term in peak.terms:
         for name in ("weights", "LoRA", "Adam moments"):
             if term.name.startswith(f"{name},") and "gradients" not in term.name:
                 found[name] = found.get(name, 0) + term.bytes * ("master" not in term.name)
     return found
 
 
-def _setup(case: Case, size: Size, ranks: int, on_gpu: bool) -> MemoryJob:
+def _memory_job(case: Case, size: Size, ranks: int, on_gpu: bool) -> MemoryJob:
     zero = Zero.of(_ds_config(case, size, ranks))
-    setup = memory_job(case.settings(), _shape(case, size), zero, ranks)
-    return dataclasses.replace(setup, on_gpu=on_gpu)
+    job = memory_job(case.settings(), _shape(case, size), zero, ranks)
+    return dataclasses.replace(job, on_gpu=on_gpu)
 
 
 def _shape(case: Case, size: Size) -> LlamaShape:

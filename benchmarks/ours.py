@@ -22,7 +22,6 @@ from minilora.files.snapshot import State
 from minilora.files.weights import Checkpoint, TensorPart
 from minilora.memory.in_a_run import foresee
 from minilora.memory.job import memory_job
-from minilora.memory.peak import budget
 from minilora.memory.ways import Way
 from minilora.memory.zero3_gathers import Zero
 from minilora.processes.startup_times import StartupTimes
@@ -85,11 +84,12 @@ def run(turns: Turns) -> None:
         max_steps=turns.order.steps + 1,  # the turns end the run before its last step
         disable_shuffling=True,
     )
-    setup = memory_job(settings, size.shape, Zero.of(plan.ds_config), world.size)
-    setup = replace(setup, bf16=settings.train.computes_in_bf16(torch.cuda.is_available()))
-    asked = Way(variant.name, setup, budget(setup)), dict[str, Zero]()
-    way = foresee(world, asked, plan.lora, schedule, settings.keeps_what_fits).asked.setup
-    plan = replace(plan, keep_blocks=way.keep_blocks)
+    memory = memory_job(settings, size.shape, Zero.of(plan.ds_config), world.size)
+    bf16 = settings.train.computes_in_bf16(torch.cuda.is_available())
+    asked = Way(variant.name, replace(memory, bf16=bf16))
+    forecast = foresee(world, asked, {}, plan.lora, schedule, settings.keeps_what_fits)
+    decided = forecast.decided.job
+    plan = replace(plan, keep_blocks=decided.keep_blocks)
     turns.counted["kept"] = plan.keep_blocks
     phases = StartupTimes()
     phases.finished = turns.mark  # type: ignore[method-assign]
@@ -102,7 +102,7 @@ def run(turns: Turns) -> None:
             documents=documents,
             validation=None,
             schedule=schedule,
-            limits=TileLimits(options.tile_tokens, way.gather_tokens),
+            limits=TileLimits(options.tile_tokens, decided.gather_tokens),
             lora=plan.lora,
             base=TokenizerFiles(settings.base, {}),
             start=State(0, 0, {}, {}, {}),

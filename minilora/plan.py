@@ -14,7 +14,8 @@ from itertools import groupby
 from minilora.files.deepspeed_file import Facts, read_deepspeed_files
 from minilora.files.model_config import read_model_config
 from minilora.memory.job import MemoryJob
-from minilora.memory.peak import GIB, Budget
+from minilora.memory.peak import GIB, PeakMemory
+from minilora.memory.terms import Term
 from minilora.memory.ways import (
     MARGIN,
     TILES,
@@ -55,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--num_gpus", type=int, default=1)
     parser.add_argument("--gpu_memory", type=float, default=24, help="GB, as the card is sold")
     parser.add_argument("--link_gbps", type=float, default=80, help="Gbit/s into each GPU")
-    parser.add_argument("--explain", action="store_true", help="how each number comes about")
+    parser.add_argument("--explain", action="store_true", help="each tensor, and each number's sum")
     parser.add_argument("--plot", metavar="FILE.png", help="draw the ways that are compared")
     return parser
 
@@ -64,113 +65,164 @@ def _run(own: argparse.Namespace, settings: Settings) -> int:
     wrong = [key for key in ("num_gpus", "gpu_memory", "link_gbps") if not getattr(own, key) > 0]
     if wrong:
         raise RequestError([f"--{key} must be above 0" for key in wrong])
+
+    # What is asked for, and what a GPU has.
     shape = read_model_config(settings.base).shape
     facts = Facts(own.num_gpus, shape.hidden_size, settings.train.computes_in_bf16(on_gpu=True))
     ds_configs = read_deepspeed_files(settings.train, facts)
     asked, files = asked_way(settings, shape, ds_configs, own.num_gpus, on_gpu=True)
-    setup, limit = asked.setup, int(own.gpu_memory * GIB * USABLE)
-    found = ways(asked, files)
-    spare = (limit - asked.budget.total) / GIB
+    limit = int(own.gpu_memory * GIB * USABLE)
+    spare = limit - asked.peak.total
+    fits = spare >= 0
+
+    # What it needs, and whether it fits.
     print(
         f"{own.num_gpus} x {own.gpu_memory:g} GB, of which {limit / GIB:.2f} GiB can be used; "
-        f"deepspeed: {asked.file}\nan optimizer step has at most {setup.step_tokens:,} tokens per "
-        f"GPU, in documents of up to {setup.longest:,}",
-        *table(asked.budget, own.explain),
-        f"{'fits' if spare >= 0 else 'does not fit'}: {spare:+.2f} GiB of headroom",
-        *_kept(settings, asked, limit),
-        *_comparison(found, limit, own),
-        *_longest(setup, files, limit),
-        sep="\n",
+        f"deepspeed: {asked.file}"
     )
-    if spare < 0:
-        offers = nearest_that_fit(asked, files, limit)
-        print("\nnearest settings that fit:" if offers else "\nnothing fits, whatever is set")
-        for option in offers:
-            print(f"  {option.budget.total / GIB:6.2f} GiB  {', '.join(option.changes(asked))}")
+    print(
+        f"an optimizer step has at most {asked.job.step_tokens:,} tokens per GPU, in documents of "
+        f"up to {asked.job.longest:,}"
+    )
+    print(*_table(asked.peak, own.explain), sep="\n")
+    print(f"{'fits' if fits else 'does not fit'}: {spare / GIB:+.2f} GiB of headroom")
+    if settings.keeps_what_fits:
+        print(_saved_blocks(asked.job, limit))
+
+    # What else could be done.
+    compared = ways(asked, files)
+    print("", *_comparison(compared, limit, own), sep="\n")
+    print("", *_longest(asked.job, files, limit), sep="\n")
+    if not fits:
+        print("", *_nearest(asked, files, limit), sep="\n")
     if own.plot:
         with drawing("--plot", own.plot):
-            _plot(own.plot, found, limit)
-    return 0 if spare >= 0 else 1
+            _plot(own.plot, compared, limit)
+    return 0 if fits else 1
 
 
-def table(needs: Budget, explain: bool = False) -> Iterator[str]:
-    """Lines: every term in GiB (and its formula), the sum of each part, the total, the host."""
-    for part, total in needs.parts.items():
+def _table(peak: PeakMemory, explain: bool) -> Iterator[str]:
+    """Lines in GiB: every term under the sum of its part, the total, and the host.
+
+    explain: with the tensors that a term consists of, and a formula for each number.
+    """
+    for part, total in peak.parts.items():
         yield f"{part:<40}{total / GIB:8.2f} GiB"
-        for term in (term for term in needs.terms if term.part == part):
-            how = f"  = {term.formula}" * explain
-            yield f"  {term.name:<38}{term.bytes / GIB:8.2f}{how}"
-    yield f"{'a GPU at its fullest: ' + needs.fullest:<40}{needs.total / GIB:8.2f} GiB"
+        for term in peak.terms:
+            if term.part == part:
+                formula = f"  = {term.formula}" if explain and not term.tensors else ""
+                yield f"  {term.name:<38}{term.bytes / GIB:8.2f}{formula}"
+                if explain:
+                    yield from _tensors(term)
+
+    yield f"{'peak of a GPU: ' + peak.peak_moment:<40}{peak.total / GIB:8.2f} GiB"
     if explain:
-        phases = (f"{phase} {most / GIB:.2f}" for phase, most in needs.phases.items())
-        yield f"  tensors at the fullest of each phase: {', '.join(phases)}"
-    for term in (term for term in needs.host if term.bytes):
-        how = f"  = {term.formula}" * explain
-        yield f"{'the host: ' + term.name:<40}{term.bytes / GIB:8.2f} GiB{how}"
+        moments = (f"{moment} {most / GIB:.2f}" for moment, most in peak.by_moment.items())
+        yield f"  GiB of tensors at the worst of each moment: {', '.join(moments)}"
+
+    for term in peak.host:
+        if term.bytes:
+            formula = f"  = {term.formula}" if explain else ""
+            yield f"{'the host: ' + term.name:<40}{term.bytes / GIB:8.2f} GiB{formula}"
 
 
-def _kept(settings: Settings, asked: Way, limit: int) -> Iterator[str]:
+def _tensors(term: Term) -> Iterator[str]:
+    """What a term consists of, and where in minilora/model each tensor is made."""
+    for tensor in term.tensors:
+        if tensor.elements:
+            size = tensor.elements * term.each / GIB
+            made = f"  ({tensor.made})" if tensor.made else ""
+            yield f"    {tensor.name:<36}{size:8.2f}  = {tensor.origin} x {term.each} B{made}"
+
+
+def _saved_blocks(job: MemoryJob, limit: int) -> str:
     """What a run does with the headroom where the settings leave it to the run."""
-    if settings.keeps_what_fits:
-        way, layers = keep_most_blocks(asked.setup, limit), asked.setup.shape.num_layers
-        spans = "" if way.gather_tokens == asked.setup.gather_tokens else " (in spans of a tile)"
-        yield (
-            f"{way.keep_blocks} of {layers} blocks would keep their activations{spans}, more with "
-            "shorter rows: see keep_blocks"
-        )
-    yield ""
+    decided = keep_most_blocks(job, limit)
+    spans = " (in spans of a tile)" if decided.gather_tokens != job.gather_tokens else ""
+    return (
+        f"{decided.keep_blocks} of {job.shape.num_layers} blocks would save their activations"
+        f"{spans}, more with shorter rows: see keep_blocks"
+    )
 
 
-def _comparison(found: Sequence[Way], limit: int, own: argparse.Namespace) -> Iterator[str]:
+def _comparison(compared: Sequence[Way], limit: int, own: argparse.Namespace) -> Iterator[str]:
     """A line per file, way and gather_tokens; a column per tile_tokens.
 
-    Of a file's way that fits with nothing only the smallest is shown, or all if explained.
+    Where a file's way fits with no gather_tokens, only the smallest is shown, or all if explained.
     """
-    tiles, chosen = (
-        sorted({option.setup.tile_tokens for option in found}),
-        recommended(found, limit),
-    )
+    tiles = sorted({way.job.tile_tokens for way in compared})
+    best = recommended(compared, limit)
     yield "the same step in other ways, GiB per GPU: (does not fit), * recommended"
     tile_names = "".join(f"{f'tile {tile}':>11}" for tile in tiles)
     yield f"{'deepspeed':<16}{'blocks':<12}{'gather':>7}{tile_names}{'gathered':>12}{'seconds':>9}"
 
-    for (file, blocks), alike in groupby(found, lambda option: (option.file, option.blocks)):
-        lines, fits = [], False
-        for gather, row in groupby(alike, lambda option: option.setup.gather_tokens):
-            cells = dict.fromkeys(tiles, "")
-            for option in row:
-                gib, good = f"{option.budget.total / GIB:.2f}", option.budget.total <= limit
-                cell = gib + (" *"[option is chosen]) if good else f"({gib})"
-                cells[option.setup.tile_tokens], fits = cell, fits or good
-            received = option.budget.gathered * (own.num_gpus - 1) / own.num_gpus
-            numbers = "".join(f"{cells[tile]:>11}" for tile in tiles)
-            lines.append(f"{file:<16}{blocks:<12}{gather or 'step':>7}{numbers}"
-                         f"{option.budget.gathered / 1e9:>9.1f} GB"
-                         f"{received * 8 / own.link_gbps / 1e9:>9.1f}")  # fmt: skip
-        yield from lines if fits or own.explain else lines[-1:]
-    if chosen is None:
+    for (file, blocks), alike in groupby(compared, lambda way: (way.file, way.blocks)):
+        lines: list[str] = []
+        any_fits = False
+        for gather, row in groupby(alike, lambda way: way.job.gather_tokens):
+            by_tile = {way.job.tile_tokens: way for way in row}
+            any_fits |= any(way.peak.total <= limit for way in by_tile.values())
+            cells = [_cell(by_tile.get(tile), limit, best) for tile in tiles]
+            # The same for all tiles. Of what is gathered, this rank has its own part already.
+            gathered = next(iter(by_tile.values())).peak.gathered
+            received = gathered * (own.num_gpus - 1) / own.num_gpus
+            seconds = received * 8 / own.link_gbps / 1e9
+            lines.append(
+                f"{file:<16}{blocks:<12}{gather or 'step':>7}{''.join(cells)}"
+                f"{gathered / 1e9:>9.1f} GB{seconds:>9.1f}"
+            )
+        yield from lines if any_fits or own.explain else lines[-1:]
+
+    if best is None:
         yield f"none is recommended: none leaves {1 - MARGIN:.0%} free"
 
 
-def _longest(setup: MemoryJob, files: Mapping[str, Zero], limit: int) -> Iterator[str]:
+def _cell(way: Way | None, limit: int, best: Way | None) -> str:
+    if way is None:  # gather_tokens is less than tile_tokens
+        return " " * 11
+    gib = f"{way.peak.total / GIB:.2f}"
+    if way.peak.total > limit:
+        return f"({gib})".rjust(11)
+    return (gib + ("*" if way is best else " ")).rjust(11)
+
+
+def _longest(job: MemoryJob, files: Mapping[str, Zero], limit: int) -> Iterator[str]:
     """Lines: the longest context by file, with block inputs on the GPU and on the host."""
-    yield "\nlongest document that fits, alone in its span, in tokens (inputs offloaded):"
+    yield "longest document that fits, alone in its span, in tokens (inputs offloaded):"
     for file, zero in files.items():
-        ways = [replace(setup, zero=zero), replace(setup, zero=zero, offload_activations=True)]
-        here, away = (longest_document(way, limit) for way in ways)
-        yield f"  {file:<16}{here:>10,}{f'({away:,})' * (setup.keep_blocks == 0):>12}"
+        here = longest_document(replace(job, zero=zero), limit)
+        line = f"  {file:<16}{here:>10,}"
+        if job.keep_blocks == 0:
+            offloading = replace(job, zero=zero, offload_activations=True)
+            line += f"{f'({longest_document(offloading, limit):,})':>12}"
+        yield line
 
 
-def _plot(path: str, found: Sequence[Way], limit: int) -> None:
-    """Bars in their parts of ways that come near the limit, named by file, blocks and gather."""
-    usual = {found[0].setup.gather_tokens, None, 8192}
-    shown = [o for o in found if o.setup.gather_tokens in usual and o.budget.total < 2 * limit]
-    shown = [o for o in shown if o.setup.tile_tokens == TILES[0]]
-    names = [f"{o.file}, {o.blocks}, {o.setup.gather_tokens or 'step'}" for o in shown]
+def _nearest(asked: Way, files: Mapping[str, Zero], limit: int) -> Iterator[str]:
+    """Lines: ways that fit, by what has to be changed."""
+    fitting = nearest_that_fit(asked, files, limit)
+    yield "nearest settings that fit:" if fitting else "nothing fits, whatever is set"
+    for way in fitting:
+        yield f"  {way.peak.total / GIB:6.2f} GiB  {', '.join(way.changes(asked))}"
+
+
+def _plot(path: str, compared: Sequence[Way], limit: int) -> None:
+    """Bars in their parts, of ways that come near the limit, by file, blocks and gather_tokens."""
+    usual = {compared[0].job.gather_tokens, None, 8192}
+    shown = [
+        way
+        for way in compared
+        if way.job.gather_tokens in usual
+        and way.job.tile_tokens == TILES[0]
+        and way.peak.total < 2 * limit
+    ]
+    names = [f"{way.file}, {way.blocks}, {way.job.gather_tokens or 'step'}" for way in shown]
+
     figure = new_figure(9, 1.5 + 0.25 * len(shown))
-    axes, left = figure.subplots(), [0.0] * len(shown)
+    axes = figure.subplots()
+    left = [0.0] * len(shown)
     for part, colour in COLOURS.items():
-        widths = [o.budget.parts.get(part, 0) / GIB for o in shown]
+        widths = [way.peak.parts.get(part, 0) / GIB for way in shown]
         axes.barh(names, widths, left=left, color=colour, label=part)
         left = [start + width for start, width in zip(left, widths, strict=True)]
     axes.axvline(limit / GIB, color="black")

@@ -22,9 +22,9 @@ from minilora.files.adapter import WEIGHTS, stored_name
 from minilora.files.deepspeed_file import Facts, read_deepspeed_files
 from minilora.files.model_config import read_model_config
 from minilora.memory.job import MemoryJob
-from minilora.memory.peak import CONTEXT, GIB, NCCL, SLACK, Budget, budget
+from minilora.memory.peak import CONTEXT, GIB, NCCL, SLACK, PeakMemory, peak_memory
 from minilora.memory.ways import asked_way
-from minilora.memory.zero3_gathers import Gathers, in_order
+from minilora.memory.zero3_gathers import Gathers, modules_in_order
 from minilora.plan import USABLE
 from minilora.settings.command_line import read_settings
 from minilora.tiny.checkpoint import write_tiny
@@ -49,7 +49,7 @@ def article() -> Job:
     facts = Facts(RANKS, shape.hidden_size, bf16=True)
     ds_configs = read_deepspeed_files(settings.train, facts)
     asked, _ = asked_way(settings, shape, ds_configs, RANKS, on_gpu=True)
-    return asked.setup
+    return asked.job
 
 
 def in_spans() -> Job:
@@ -62,15 +62,16 @@ def with_documents_of(job: Job, tokens: int) -> Job:
     return replace(job, longest=tokens)
 
 
-def plan(job: Job) -> Budget:
-    """The memory of one GPU at its fullest moment."""
-    return budget(job)
+def plan(job: Job) -> PeakMemory:
+    """The memory of one GPU at its peak moment."""
+    return peak_memory(job)
 
 
 def term(job: Job, name: str) -> int:
-    """Bytes of one line of `python -m minilora.plan --explain`."""
-    (found,) = (line.bytes for line in budget(job).terms if line.name == name)
-    return found
+    """Bytes of the lines of `python -m minilora.plan --explain` whose names begin so."""
+    found = [line.bytes for line in peak_memory(job).terms if line.name.startswith(name)]
+    assert found, f"the plan has no line {name}"
+    return sum(found)
 
 
 def card() -> int:
@@ -134,13 +135,13 @@ def gathers_of(job: Job) -> Gathers:
         for layer in range(shape.num_layers)
     ]
     table = shape.vocab_size * shape.hidden_size
-    order, turn = in_order(blocks, {"table": table}, {"head": table})
+    order, turn = modules_in_order(blocks, {"table": table}, {"head": table})
     return Gathers(order, turn, job.zero, job.ranks)
 
 
 def gathers(job: Job) -> list[Held]:
     """The moments of one span: forward through the model, then back."""
-    moments = gathers_of(job).moments
+    moments = gathers_of(job).visits
     block = sum(math.prod(size) for size in job.shape.linear_shapes().values())
     return [
         Held(
@@ -157,7 +158,7 @@ def gathers(job: Job) -> list[Held]:
 def block_tensors(job: Job) -> dict[str, int]:
     """Elements per token of what autograd keeps of one recomputed block, by name.
 
-    `MemoryJob.kept` knows the sum; a test holds this list against it.
+    `minilora.memory.block` has the same list in another order; a test holds this list against it.
     """
     d, f, q, k = job.features
     low = sum(job.adapter.layers(job.shape)[path].rank for path in _paths_of_block_0(job))

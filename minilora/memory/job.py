@@ -1,6 +1,6 @@
-"""What the memory of a run depends on, and what autograd keeps of a token in one block."""
+"""What the memory of a run depends on: the model, the adapter, ZeRO and sizes in tokens."""
 
-# Shape letters: D model, F MLP, Q query and K key features, N tokens.
+# Shape letters: D model, F MLP, Q features of the queries, K features of the keys.
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from minilora.settings.settings import Settings
 class MemoryJob:
     """All that the memory of one rank depends on; the names are those of the settings.
 
-    step_tokens: most tokens of a rank in an optimizer step; longest: most in one document;
-    keep_blocks: blocks, the last ones, whose activations are kept; on_gpu: False counts the CPU's
-    attention, which copies more.
+    keep_blocks: how many blocks, the last ones, save their activations instead of recomputing
+    them; step_tokens: most tokens of a rank in an optimizer step; longest: most tokens of one
+    document; on_gpu: False counts the CPU's kernels, which need more.
     """
 
     shape: LlamaShape
@@ -40,7 +40,7 @@ class MemoryJob:
 
     @property
     def size(self) -> int:
-        """Bytes of a number that is computed with."""
+        """Bytes of an element of what is computed with."""
         return 2 if self.bf16 else 4
 
     @property
@@ -59,15 +59,21 @@ class MemoryJob:
         return min(self.tile, self.tile_tokens)
 
     @property
+    def loss_chunk(self) -> int:
+        """Most tokens whose logits exist at a time."""
+        return min(self.loss_tokens, self.span)
+
+    @property
     def spans(self) -> int:
         """Micro-steps per optimizer step where all documents are the longest."""
         documents = -(-self.step_tokens // self.longest)
-        return -(-documents // max(1, self.span // self.longest))
+        documents_per_span = max(1, self.span // self.longest)
+        return -(-documents // documents_per_span)
 
     @property
     def lora(self) -> dict[str, int]:
         """Elements of each trained tensor of a block: of the largest block, where they differ."""
-        return dict(_of_a_block(self.adapter, self.shape))
+        return dict(_lora_of_a_block(self.adapter, self.shape))
 
     @property
     def whole(self) -> dict[str, int]:
@@ -82,36 +88,16 @@ class MemoryJob:
         return self.shape.hidden_size, sizes["up_proj"][0], sizes["q_proj"][0], sizes["k_proj"][0]
 
     def pinned(self, elements: int) -> int:
-        """Bytes of a tensor in pinned memory, of which torch takes a power of 2.
+        """Bytes that a tensor takes in pinned host memory: on a GPU, the next power of two.
 
-        PowerOf2Ceil in ATen/core/CachingHostAllocator.h.
+        Source: PowerOf2Ceil in ATen/core/CachingHostAllocator.h of torch.
         """
         size = elements * self.size
         return 1 << (size - 1).bit_length() if self.on_gpu else size
 
-    @property
-    def kept(self) -> tuple[int, int]:
-        """Elements that autograd keeps per token: of attention, of the MLP with the second norm.
-
-        Attention: its normed input, q, k, v, output and a sum per head (fp32). The MLP: its input,
-        the same normed, gate, up and silu(gate) x up. A LoRA pair: its R numbers, with dropout its
-        masked input and the mask, with DoRA its output before it is scaled.
-        """
-        (d, f, q, k), sizes, lora = self.features, self.shape.linear_shapes(), self.lora
-        dropout, dora = self.adapter.dropout > 0, self.adapter.use_dora
-        copied = 0 if self.on_gpu else q  # documents' outputs are put together
-        attention = d + 2 * q + 2 * k + self.shape.num_heads * 4 // self.size + copied
-        pairs = {
-            name: lora[f"{name} lora_A"] // size + (2 + dora) * size * dropout + dora * out
-            for name, (out, size) in sizes.items()
-            if f"{name} lora_A" in lora
-        }
-        of_attention = sum(size for name, size in pairs.items() if name[0] in "qkvo")
-        return attention + of_attention, 2 * d + 3 * f + sum(pairs.values()) - of_attention
-
 
 @functools.cache
-def _of_a_block(adapter: LoraShape, shape: LlamaShape) -> tuple[tuple[str, int], ...]:
+def _lora_of_a_block(adapter: LoraShape, shape: LlamaShape) -> tuple[tuple[str, int], ...]:
     """The largest of each kind of trained tensor, such as `q_proj lora_A`, and its elements."""
     largest: dict[str, int] = {}
     for path, size in adapter.parameter_shapes(shape).items():
@@ -122,11 +108,12 @@ def _of_a_block(adapter: LoraShape, shape: LlamaShape) -> tuple[tuple[str, int],
 
 
 def kept_blocks(settings: Settings, shape: LlamaShape) -> int:
-    """Blocks that keep their activations by the settings alone; 0 where what fits is kept.
+    """How many blocks save their activations by the settings alone; 0 where the run decides.
 
-    Raises RequestError for more than there are.
+    Raises RequestError for more blocks than there are.
     """
-    layers, asked = shape.num_layers, settings.train.keep_blocks or 0
+    layers = shape.num_layers
+    asked = settings.train.keep_blocks or 0
     if asked > layers:
         name = settings.name_of("keep_blocks")
         raise RequestError([f"{name}: {asked}; the model has {layers} blocks"])
@@ -138,7 +125,8 @@ def memory_job(settings: Settings, shape: LlamaShape, zero: Zero, ranks: int) ->
 
     Raises RequestError for an adapter that does not fit the model, or more blocks than it has.
     """
-    train, longest = settings.train, settings.data.cutoff_len
+    train = settings.train
+    longest = settings.data.cutoff_len
     documents = train.per_device_train_batch_size * train.gradient_accumulation_steps
     return MemoryJob(
         shape=shape,

@@ -1,66 +1,91 @@
-"""The same optimizer step in other ways: what each needs, and which is best on a given GPU."""
+"""The same optimizer step in other ways: what each needs, and which are worth naming.
+
+`variants` makes them; what follows it are selections.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
 from minilora.memory.job import MemoryJob, memory_job
-from minilora.memory.peak import GIB, Budget, budget
+from minilora.memory.peak import GIB, PeakMemory, peak_memory
 from minilora.memory.zero3_gathers import Zero
 from minilora.model.llama_shape import LlamaShape
 from minilora.settings.settings import Settings
 
+# Values of tile_tokens that are compared: the default of the setting, twice and four times as much.
+# Larger products are hardly faster, and the working set of a block grows with them.
 TILES = (2048, 4096, 8192)
+# Values of gather_tokens that are compared: each half of the one before, down to the default tile,
+# below which the settings allow none.
 GATHERS = (16384, 8192, 4096, 2048)
+# A smaller loss_tokens, a quarter of the default, which is tried before shorter documents are.
 LOSS = 256
-MARGIN = 0.95  # a recommendation leaves 5 % for what is only estimated
-# What a run leaves free by itself, on a CPU and on a GPU. A machine's memory is others' too, and it
-# may not swap; on a GPU context, NCCL and the allocator's slack are estimates until measured.
+# A recommendation leaves 5 % of the GPU free: CONTEXT, NCCL and SLACK of peak.py are assumptions,
+# and this is what they may be wrong by together.
+MARGIN = 0.95
+# How much a run leaves free when it decides by itself how many blocks save their activations. On a
+# GPU (True) 15 %: a wrong guess would end a run that nobody asked to be so tight. On a CPU (False)
+# half: other programs use the machine's memory too, and it may not start to swap.
 SPARE = {False: 0.5, True: 0.15}
+# A link of 80 Gbit/s into a GPU brings so many bytes a second. It is the default of plan's
+# --link_gbps.
+BYTES_PER_SECOND = 1e10
 
 
 @dataclass(frozen=True)
 class Way:
-    """One way: the DeepSpeed file's name, the settings, and what they need."""
+    """One way to compute the step: the DeepSpeed file's name, and the job that it makes."""
 
     file: str
-    setup: MemoryJob
-    budget: Budget
+    job: MemoryJob
+
+    @property
+    def peak(self) -> PeakMemory:
+        """What this way needs."""
+        return peak_memory(self.job)
 
     @property
     def blocks(self) -> str:
         """What becomes of the blocks' activations between forward and backward."""
-        setup, kind = self.setup, "offloaded" if self.setup.offload_activations else "recomputed"
-        keep, layers = setup.keep_blocks, setup.shape.num_layers
-        return kind if keep == 0 else "kept" if keep == layers else f"{keep} kept"
+        saving, layers = self.job.keep_blocks, self.job.shape.num_layers
+        if saving == 0:
+            return "offloaded" if self.job.offload_activations else "recomputed"
+        return "saved" if saving == layers else f"{saving} saved"
 
     def cost(self, other: Way) -> str:
         """What this costs in speed if it takes the place of `other`."""
-        mine, theirs = self.setup, other.setup
-        more = self.budget.gathered - other.budget.gathered
-        moved = 2 * mine.shape.num_layers * mine.step_tokens * mine.shape.hidden_size * mine.size
+        mine, theirs = self.job, other.job
         costs = []
         if mine.zero.offload_param and not theirs.zero.offload_param:
             costs.append("every block comes over PCIe, twice a step")
         if mine.offload_activations and not theirs.offload_activations:
+            inputs = mine.shape.num_layers * mine.step_tokens * mine.shape.hidden_size * mine.size
+            moved = 2 * inputs  # out in forward, back in backward
             costs.append(f"{moved / 1e9:.3g} GB a step over PCIe, beside the computation")
         if mine.keep_blocks < theirs.keep_blocks:
             costs.append(f"one more forward of {theirs.keep_blocks - mine.keep_blocks} blocks")
-        if more > 0 and not costs:
-            seconds = more / 1e10
-            costs.append(f"{more / 1e9:.3g} GB more to gather a step, {seconds:.2g} s at 80 Gbit/s")
-        if not costs and self.file != other.file:
-            costs.append("nothing: no more is gathered")
-        return " and ".join(costs) or "a little: smaller matrix products, and more of them"
+        if costs:
+            return " and ".join(costs)
+
+        more = self.peak.gathered - other.peak.gathered
+        if more > 0:
+            seconds = more / BYTES_PER_SECOND
+            return f"{more / 1e9:.3g} GB more to gather a step, {seconds:.2g} s at 80 Gbit/s"
+        if self.file != other.file:
+            return "nothing: no more is gathered"
+        return "a little: smaller matrix products, and more of them"
 
     def changes(self, other: Way) -> list[str]:
         """The settings to write so that `other` becomes this."""
-        mine, theirs = self.setup, other.setup
-        # Whichever of the two settings made the other keep all blocks.
-        all_kept = theirs.keep_blocks == theirs.shape.num_layers
-        blocks = "disable_gradient_checkpointing: false, " * all_kept + "keep_blocks"
+        mine, theirs = self.job, other.job
+        blocks = "keep_blocks"
+        if theirs.keep_blocks == theirs.shape.num_layers:
+            # It may have been either setting that made the other save all blocks.
+            blocks = "disable_gradient_checkpointing: false, keep_blocks"
         values = {
             "deepspeed": (self.file, other.file),
             "gather_tokens": (mine.gather_tokens, theirs.gather_tokens),
@@ -86,120 +111,163 @@ def asked_way(
     """
     files = {name: Zero.of(config) for name, config in ds_configs.items()}
     name = next(iter(files))
-    job = replace(
-        memory_job(settings, shape, files[name], ranks),
-        bf16=settings.train.computes_in_bf16(on_gpu),
-    )
-    return Way(name, job, budget(job)), files
+    job = memory_job(settings, shape, files[name], ranks)
+    return Way(name, replace(job, bf16=settings.train.computes_in_bf16(on_gpu))), files
+
+
+def variants(job: MemoryJob, **choices: Iterable[Any]) -> Iterator[MemoryJob]:
+    """The job with every combination of the values, by field; the last field changes fastest."""
+    for values in product(*choices.values()):
+        yield replace(job, **dict(zip(choices, values, strict=True)))
 
 
 def ways(asked: Way, files: Mapping[str, Zero]) -> list[Way]:
-    """All combinations of file, recomputation, offloading, gather_tokens and tile_tokens."""
-    setup, found = asked.setup, []
-    gathers = {n for n in (setup.gather_tokens, *GATHERS) if n and n < setup.step_tokens}
-    for file, zero in files.items():
-        kept = {(keep, False) for keep in (0, setup.keep_blocks, setup.shape.num_layers)}
-        for keep, away in sorted({(0, True), *kept}):
-            ways = replace(setup, zero=zero, keep_blocks=keep, offload_activations=away)
-            for gather in (None, *sorted(gathers, reverse=True)):
-                for tile in sorted({*TILES, setup.tile_tokens}):
-                    if gather is None or gather >= tile:  # as the settings demand
-                        new = replace(ways, gather_tokens=gather, tile_tokens=tile)
-                        found.append(Way(file, new, budget(new)))
-    return found
+    """What the plan compares: files, what becomes of activations, gather_tokens and tile_tokens."""
+    job = asked.job
+    shorter = {n for n in (job.gather_tokens, *GATHERS) if n and n < job.step_tokens}
+    return [
+        Way(file, variant)
+        for file, zero in files.items()
+        for variant in variants(
+            replace(job, zero=zero),
+            keep_blocks=sorted({0, job.keep_blocks, job.shape.num_layers}),
+            offload_activations=(False, True),
+            gather_tokens=(None, *sorted(shorter, reverse=True)),
+            tile_tokens=sorted({*TILES, job.tile_tokens}),
+        )
+        if _is_compared(variant)
+    ]
+
+
+def _is_compared(job: MemoryJob) -> bool:
+    """Offloading is compared for itself, and the settings want gather_tokens >= tile_tokens."""
+    offloads_and_saves = job.offload_activations and job.keep_blocks > 0
+    span_holds_tile = job.gather_tokens is None or job.gather_tokens >= job.tile_tokens
+    return span_holds_tile and not offloads_and_saves
 
 
 def recommended(found: Sequence[Way], limit: int) -> Way | None:
-    """Of those that fit well: the least fetched, then the least computed again, the least moved."""
+    """The fastest of those that leave some memory free, or None if none does.
 
-    def cost(option: Way) -> tuple[float, ...]:
-        setup, needs = option.setup, option.budget
-        moved = (setup.zero.offload_param, needs.gathered)
-        again = (-setup.keep_blocks, setup.offload_activations, setup.spans)
-        return (*moved, *again, abs(setup.tile_tokens - TILES[0]), needs.total)
-
-    return min((o for o in found if o.budget.total <= MARGIN * limit), key=cost, default=None)
-
-
-def keep_most_blocks(setup: MemoryJob, limit: int) -> MemoryJob:
-    """The same step with the most blocks that can keep their activations and leave SPARE free.
-
-    Where weights are not gathered, a step in spans of a tile each costs nothing; it is cut if more
-    blocks can be kept then, and gather_tokens is left to us.
+    What costs most time is compared first: weights that come from the host, bytes gathered, blocks
+    that are recomputed, inputs that are moved to the host.
     """
-    ways = [setup]
-    if setup.gather_tokens is None and (setup.zero.stage < 3 or setup.ranks == 1):
-        ways.append(replace(setup, gather_tokens=setup.tile_tokens))
-    counts = range(setup.shape.num_layers, 0, -1)
-    tried = (replace(way, keep_blocks=keep) for keep in counts for way in ways)
-    most = (1 - SPARE[setup.on_gpu]) * limit
-    return next((way for way in tried if budget(way).total <= most), setup)
+
+    def cost(way: Way) -> tuple[float, ...]:
+        job = way.job
+        return (
+            job.zero.offload_param,
+            way.peak.gathered,
+            -job.keep_blocks,
+            job.offload_activations,
+            job.spans,
+            abs(job.tile_tokens - TILES[0]),
+            way.peak.total,
+        )
+
+    return min((way for way in found if way.peak.total <= MARGIN * limit), key=cost, default=None)
 
 
 def nearest_that_fit(asked: Way, files: Mapping[str, Zero], limit: int) -> list[Way]:
-    """Up to three ways that fit with the fewest changes; if none does a smaller loss chunk, and
-    then shorter documents are tried too."""
-    setup, found = asked.setup, list[Way]()
-    while not found and setup.longest >= 64:
-        tried = replace(asked, setup=setup)
-        found = [option for option in ways(tried, files) if option.budget.total <= limit]
-        if setup.loss_tokens > LOSS:
-            setup = replace(setup, loss_tokens=LOSS)
+    """Up to three ways that fit, those with the fewest changes first.
+
+    If none fits, a smaller loss chunk is tried too, and then shorter and shorter documents.
+    """
+    found: list[Way] = []
+    job = asked.job
+    while not found and job.longest >= 64:
+        compared = ways(Way(asked.file, job), files)
+        found = [way for way in compared if way.peak.total <= limit]
+        if job.loss_tokens > LOSS:
+            job = replace(job, loss_tokens=LOSS)
         else:
-            half = setup.longest // 2
-            tokens = setup.step_tokens // setup.longest * half
-            setup = replace(setup, longest=half, step_tokens=tokens)
-    return sorted(found, key=lambda o: (len(o.changes(asked)), o.budget.gathered))[:3]
+            half = job.longest // 2
+            documents = job.step_tokens // job.longest
+            job = replace(job, longest=half, step_tokens=documents * half)
+    return sorted(found, key=lambda way: (len(way.changes(asked)), way.peak.gathered))[:3]
 
 
-def longest_document(setup: MemoryJob, limit: int) -> int:
-    """Most tokens of a document that fits with a gather of each block for itself alone."""
-    low, high = 0, 2**21
-    while high - low > 64:
-        middle = (low + high) // 2
-        alone = replace(setup, step_tokens=middle, longest=middle)
-        low, high = (middle, high) if budget(alone).total <= limit else (low, middle)
-    return low
+def keep_most_blocks(job: MemoryJob, limit: int) -> MemoryJob:
+    """The same step with the most blocks that save their activations and leave SPARE free.
+
+    Where weights are not gathered, a step in spans of a tile each costs nothing. So if the user has
+    not set gather_tokens, the step is cut where more blocks can save their activations then.
+    """
+    gathers = [job.gather_tokens]
+    if job.gather_tokens is None and (job.zero.stage < 3 or job.ranks == 1):
+        gathers.append(job.tile_tokens)
+
+    most = (1 - SPARE[job.on_gpu]) * limit
+    counts = range(job.shape.num_layers, 0, -1)
+    tried = variants(job, keep_blocks=counts, gather_tokens=gathers)
+    return next((variant for variant in tried if peak_memory(variant).total <= most), job)
 
 
-def advice(asked: Way, files: Mapping[str, Zero], phase: str, limit: int) -> list[str]:
-    """The three changes of one setting that save most in a phase, then those that save elsewhere.
+def longest_document(job: MemoryJob, limit: int) -> int:
+    """Most tokens of a document that fits, alone in its span; to 64 tokens."""
+    fits, too_long = 0, 2**21
+    while too_long - fits > 64:
+        middle = (fits + too_long) // 2
+        alone = replace(job, step_tokens=middle, longest=middle)
+        if peak_memory(alone).total <= limit:
+            fits = middle
+        else:
+            too_long = middle
+    return fits
 
-    Of each setting the mildest value is taken that brings it a tenth below the limit and below
-    what was planned, if one does. Kept activations are given up before anything else is.
+
+def advice(asked: Way, files: Mapping[str, Zero], moment: str, limit: int) -> list[str]:
+    """The three changes of one setting that save most at a moment, then those that save elsewhere.
+
+    Of each setting the mildest value is taken that brings the moment a tenth below the limit, and a
+    tenth below what was planned; if there is none, the value that needs least. Where some blocks
+    save their activations, that is given up before anything else is changed.
     """
 
-    def powers(least: int, below: int) -> list[int]:
-        return [2**n for n in reversed(range(40)) if least <= 2**n < below]
+    def there(way: Way) -> int:
+        return way.peak.by_moment.get(moment, way.peak.total)
 
-    def there(option: Way) -> int:
-        return option.budget.phases.get(phase, option.budget.total)
+    goal = 0.9 * min(limit, there(asked))
+    savings = []
+    for tried in _single_changes(asked, files):
+        enough = (way for way in tried if there(way) <= goal)
+        way = next(enough, None) or min(tried, key=there)
+        here = there(asked) - there(way)
+        elsewhere = asked.peak.total - way.peak.total
+        if here >= 0 and max(here, elsewhere) > 0:
+            savings.append((here, elsewhere, way))
 
-    setup, goal = asked.setup, 0.9 * min(limit, there(asked))
-    bare, layers = replace(setup, keep_blocks=0), setup.keep_blocks
-    smaller: dict[str, list[Any]] = {  # mildest first
-        "gather_tokens": powers(setup.tile_tokens, setup.span),
-        "tile_tokens": powers(128, setup.tile),
-        "loss_tokens": powers(64, min(setup.loss_tokens, setup.span)),
-        "offload_activations": [True] * (not setup.offload_activations),
-    }
-    tries = [
-        [(asked.file, replace(bare, **{key: value})) for value in values]
-        for key, values in smaller.items()
-    ]
-    fewer = dict.fromkeys((3 * layers // 4, layers // 2, layers // 4) if layers else ())
-    tries += [[(asked.file, replace(setup, keep_blocks=keep)) for keep in fewer]]
-    tries += [[(name, replace(setup, zero=zero))] for name, zero in files.items()]
-    saving = list[tuple[int, int, Way]]()
-    for tried in tries:
-        made = [Way(file, way, budget(way)) for file, way in tried]
-        enough = [option for option in made if there(option) <= goal]
-        for option in enough[:1] or sorted(made, key=there)[:1]:
-            saved = there(asked) - there(option), asked.budget.total - option.budget.total
-            saving += [(*saved, option)] * (saved[0] >= 0 and max(saved) > 0)
-    saving.sort(key=lambda found: found[:2], reverse=True)
+    savings.sort(key=lambda saving: saving[:2], reverse=True)
     return [
-        f"{', '.join(option.changes(asked))} saves {(here or elsewhere) / GIB:.3g} GiB"
-        f"{'' if here else ' in other phases'}, costs {option.cost(asked)}"
-        for here, elsewhere, option in saving[:3]
+        f"{', '.join(way.changes(asked))} saves {(here or elsewhere) / GIB:.3g} GiB"
+        f"{'' if here else ' at other moments'}, costs {way.cost(asked)}"
+        for here, elsewhere, way in savings[:3]
     ]
+
+
+def _single_changes(asked: Way, files: Mapping[str, Zero]) -> Iterator[list[Way]]:
+    """For each setting that could save memory the ways that change it, the mildest first."""
+    job = asked.job
+    values: dict[str, Sequence[Any]] = {
+        "gather_tokens": _powers_of_two(job.tile_tokens, job.span),
+        "tile_tokens": _powers_of_two(128, job.tile),
+        "loss_tokens": _powers_of_two(64, job.loss_chunk),
+        "offload_activations": [] if job.offload_activations else [True],
+    }
+    changed = [[*variants(job, keep_blocks=[0], **{key: tried})] for key, tried in values.items()]
+
+    saving = job.keep_blocks
+    if saving:
+        fewer = dict.fromkeys([3 * saving // 4, saving // 2, saving // 4])
+        changed.append([*variants(job, keep_blocks=fewer)])
+
+    for jobs in changed:
+        if jobs:
+            yield [Way(asked.file, variant) for variant in jobs]
+    for file, zero in files.items():
+        yield [Way(file, replace(job, zero=zero))]
+
+
+def _powers_of_two(least: int, below: int) -> list[int]:
+    """Those in [least, below), the largest first."""
+    return [2**n for n in reversed(range(40)) if least <= 2**n < below]

@@ -1,7 +1,10 @@
-"""What ZeRO-3 holds gathered at each moment of a micro-step, by DeepSpeed's own rules.
+"""Which weights ZeRO-3 holds gathered while each module computes, by DeepSpeed's own rules.
 
-They are those of PartitionedParameterCoordinator (deepspeed/runtime/zero, 0.19): what it fetches,
-what ahead of its use, what it keeps; and of all_gather_coalesced: which buffers that takes.
+Below, each rule names the function of DeepSpeed 0.19 that it restates. Two files of
+deepspeed/runtime/zero are meant: the coordinator (partitioned_param_coordinator.py, class
+PartitionedParameterCoordinator), which decides what is gathered and released, and
+partition_parameters.py, which allocates the buffers. In this file a parameter is a name and a
+number of elements; bytes are the caller's.
 """
 
 from __future__ import annotations
@@ -14,9 +17,10 @@ from typing import Any, NamedTuple
 
 @dataclass(frozen=True)
 class Zero:
-    """A file's zero_optimization section, in elements; defaults as in deepspeed's zero/config.py.
+    """A file's zero_optimization section, sizes in elements.
 
-    offload_param: whether the frozen weights lie in host memory.
+    The defaults are those of deepspeed/runtime/zero/config.py. offload_param: whether the frozen
+    weights lie in host memory.
     """
 
     stage: int = 0
@@ -39,7 +43,12 @@ class Zero:
 
 
 class Module(NamedTuple):
-    """A module as DeepSpeed calls it: elements of its partitioned parameters, and of all within."""
+    """A module as DeepSpeed sees it, with its partitioned parameters by name, in elements.
+
+    own: what is gathered when the module is called. A block is a leaf module, so that the weights
+    of its linear layers are its own. within: all parameters of the module and of its children.
+    block: the number of the block; None for all other modules.
+    """
 
     name: str
     own: Mapping[str, int]
@@ -47,8 +56,12 @@ class Module(NamedTuple):
     block: int | None = None
 
 
-class Moment(NamedTuple):
-    """Elements held while a module's parameters arrive, and then while it computes."""
+class Visit(NamedTuple):
+    """One call of a module, in forward or in backward.
+
+    arriving: the most elements held while its parameters arrive; held: while it computes. Both
+    count gathered parameters and the buffers that they were gathered into.
+    """
 
     module: Module
     backward: bool
@@ -56,108 +69,180 @@ class Moment(NamedTuple):
     held: int
 
 
-class _Group:
-    """Parameters gathered in one call: into one buffer, from which each is copied."""
+class _GatherCall:
+    """Parameters that one all-gather brings.
+
+    In partition_parameters.py, `_all_gather_dtype` gathers several parameters into one buffer, and
+    `AllGatherCoalescedHandle.wait` copies each of them out of it. `_all_gather_sequential`, which
+    gathers a single parameter, copies nothing: the parameter keeps the buffer. A buffer holds one
+    equal part of each rank, so that its size is rounded up to a multiple of the ranks.
+    """
 
     def __init__(self, sizes: Mapping[str, int], ranks: int) -> None:
-        self.coming = self.sizes = sizes
-        self.gathered = self.buffer = ranks * sum(-(-size // ranks) for size in sizes.values())
+        self.sizes = sizes
+        self.gathered = ranks * sum(-(-size // ranks) for size in sizes.values())
+        self.buffer = self.gathered
+        self._coming = sizes
 
-    def arrive(self) -> Mapping[str, int]:
-        arrived, self.coming = self.coming, {}
-        if len(arrived) == 1:  # one alone keeps the buffer
-            arrived, self.buffer = dict.fromkeys(arrived, self.gathered), 0
+    def wait(self) -> Mapping[str, int]:
+        """The parameters that are new, all of them at the first wait, and what each occupies."""
+        arrived, self._coming = self._coming, {}
+        if len(arrived) == 1:
+            self.buffer = 0
+            return dict.fromkeys(arrived, self.gathered)
         return arrived
 
 
 class Gathers:
-    """The moments of any micro-step but the first of a run, and the elements it gathers.
+    """The visits of a micro-step, and how many elements it gathers (`gathered`).
 
-    modules: in the order of forward and backward, which begins at index `turn`.
+    It is any micro-step but the first of a run. In that one DeepSpeed records the order of the
+    modules, and prefetches nothing (`reset_step` of the coordinator).
     """
 
-    def __init__(self, modules: Sequence[Module], turn: int, zero: Zero, ranks: int) -> None:
-        self._order, self._zero, self._ranks = modules, zero, ranks
+    def __init__(
+        self, modules: Sequence[Module], backward_from: int, zero: Zero, ranks: int
+    ) -> None:
+        """modules: in the order in which they are called, backward from index `backward_from` on.
+
+        ranks: among which the parameters are partitioned.
+        """
+        self.gathered = 0
+        self._modules, self._zero, self._ranks = modules, zero, ranks
         self._sizes = {name: size for module in modules for name, size in module.own.items()}
-        self._held: dict[str, int] = {}
-        self._flying: dict[str, _Group] = {}
-        self._queue = deque((name, at) for at, module in enumerate(modules) for name in module.own)
-        self._fetched_for = dict.fromkeys(self._sizes, -1)
-        self._live = self.gathered = 0
-        self.moments = [Moment(m, at >= turn, *self._visit(at, m)) for at, m in enumerate(modules)]
+
+        # The state of the coordinator, with its names for it.
+        self._available: dict[str, int] = {}  # ZeroParamStatus.AVAILABLE: what each occupies
+        self._in_flight: dict[str, _GatherCall] = {}  # __inflight_param_registry
+        self._available_elements = 0  # __n_available_params, which counts those in flight too
+        self._queue = deque(  # __param_queue: every use of a parameter that is still to come
+            (name, at) for at, module in enumerate(modules) for name in module.own
+        )
+        # __most_recent_step_id_param_fetched_for
+        self._last_fetched_for = dict.fromkeys(self._sizes, -1)
+
+        self.visits = [
+            Visit(module, at >= backward_from, *self._visit(at, module))
+            for at, module in enumerate(modules)
+        ]
 
     def _visit(self, at: int, module: Module) -> tuple[int, int]:
-        self._gather([name for name in module.own if not self._here(name)])
+        """`_fetch_sub_module_impl`, and `release_sub_module` after the module has computed."""
+        self._gather([name for name in module.own if not self._is_here(name)])
         arriving = self._wait(module)
-        new = sum(self._fetched_for[name] < at for name in module.own)
-        self._fetched_for |= dict(self._queue.popleft() for _ in range(new))
+
+        # The module's own parameters leave the queue, unless an earlier prefetch took them out.
+        still_queued = sum(self._last_fetched_for[name] < at for name in module.own)
+        for _ in range(still_queued):
+            name, used_at = self._queue.popleft()
+            self._last_fetched_for[name] = used_at
+
         self._prefetch()
         held = self._memory()
         self._release(at + 1, module)
         return max(arriving, held), held
 
-    def _here(self, name: str) -> bool:
-        return name in self._held or name in self._flying
+    def _is_here(self, name: str) -> bool:
+        return name in self._available or name in self._in_flight
 
     def _gather(self, names: Sequence[str]) -> None:
-        group = _Group({name: self._sizes[name] for name in names}, self._ranks)
-        self._flying |= dict.fromkeys(names, group)
-        self._live += sum(group.sizes.values())
-        self.gathered += group.gathered
+        """`__all_gather_params_`: one call for all parameters that are missing."""
+        call = _GatherCall({name: self._sizes[name] for name in names}, self._ranks)
+        self._in_flight |= dict.fromkeys(names, call)
+        self._available_elements += sum(call.sizes.values())
+        self.gathered += call.gathered
 
     def _wait(self, module: Module) -> int:
-        """A group arrives as a whole; its buffer stays until its last member is asked for."""
-        most = 0
-        for name in module.own.keys() & self._flying.keys():
-            self._held |= self._flying[name].arrive()
-            most = max(most, self._memory())
-            del self._flying[name]
+        """Wait for the module's own parameters. Returns the most elements held meanwhile.
+
+        All parameters of a call become available at its first wait, and its buffer is let go when
+        the last of them has been waited for. DeepSpeed waits in the order of a set, which is
+        arbitrary. The worst order is counted: all are available, and no buffer is gone yet.
+        """
+        waiting = [name for name in module.own if name in self._in_flight]
+        for name in waiting:
+            self._available |= self._in_flight[name].wait()
+        most = self._memory()
+        for name in waiting:
+            del self._in_flight[name]
         return most
 
     def _prefetch(self) -> None:
-        free = self._zero.stage3_max_live_parameters - self._live
-        room, names = min(free, self._zero.stage3_prefetch_bucket_size), list[str]()
-        while self._queue and sum(self._sizes[name] for name in names) < room:
-            name, at = self._queue.popleft()
-            self._fetched_for[name] = max(self._fetched_for[name], at)
-            if not self._here(name) and name not in names:
+        """Gather ahead: the end of `_fetch_sub_module_impl`.
+
+        Uses are taken from the queue until their parameters fill stage3_prefetch_bucket_size, or
+        what stage3_max_live_parameters leaves. The last one may go beyond that. A use whose
+        parameter is here already is taken too, without gathering: it has been passed over.
+        """
+        free = self._zero.stage3_max_live_parameters - self._available_elements
+        limit = min(free, self._zero.stage3_prefetch_bucket_size)
+
+        names: list[str] = []
+        while self._queue and sum(self._sizes[name] for name in names) < limit:
+            name, used_at = self._queue.popleft()
+            self._last_fetched_for[name] = max(self._last_fetched_for[name], used_at)
+            if not self._is_here(name) and name not in names:
                 names.append(name)
+
         self._gather(names)
 
-    def _release(self, at: int, module: Module) -> None:
-        """All but what prefetching passed over since it was here, and what is used again soon."""
-        keep, passed = {name for name in module.own if self._fetched_for[name] > at}, 0
-        for later in self._order[at:]:
+    def _release(self, following: int, module: Module) -> None:
+        """`release_sub_module`, with the two exceptions of `__params_to_release`.
+
+        following: the index of the module that is called next.
+        """
+        # A parameter stays if a prefetch has passed over a later use of it: nothing would gather
+        # it for that use.
+        stay = {name for name in module.own if self._last_fetched_for[name] > following}
+
+        # A parameter stays if it is used again within stage3_max_reuse_distance elements. Whether
+        # the parameters of a later module's children count depends on the module that is
+        # released: they do if that one is a leaf, as a block is. For any other module, a later
+        # block has no parameters, since all of them belong to its linear layers.
+        passed = 0
+        for later in self._modules[following:]:
             if passed >= self._zero.stage3_max_reuse_distance:
                 break
-            inside = {} if later.block is not None else later.own  # a block's own has its linears
-            near = inside if module.block is None else later.within
-            keep |= near.keys()
+            if module.block is not None:
+                near = later.within
+            elif later.block is None:
+                near = later.own
+            else:
+                near = {}
+            stay |= near.keys()
             passed += sum(near.values())
-        for name in module.own.keys() - keep:
-            del self._held[name]
-            self._live -= self._sizes[name]
+
+        for name in module.own.keys() - stay:
+            del self._available[name]
+            self._available_elements -= self._sizes[name]
 
     def _memory(self) -> int:
-        buffers = {id(group): group.buffer for group in self._flying.values()}
-        return sum(self._held.values()) + sum(buffers.values())
+        """Elements of all that is gathered, and of the buffers of calls in flight."""
+        buffers = {id(call): call.buffer for call in self._in_flight.values()}
+        return sum(self._available.values()) + sum(buffers.values())
 
 
-def in_order(
+def modules_in_order(
     blocks: Sequence[Mapping[str, int]],
     embedding: Mapping[str, int],
     head: Mapping[str, int],
     embedding_trained: bool = False,
 ) -> tuple[list[Module], int]:
-    """All modules of a Llama as a micro-step meets them, and where its backward begins.
+    """All modules of a Llama in the order of a micro-step, and the index where backward begins.
 
     The arguments are partitioned parameters; a tied head's has the name of the embedding's.
+    Backward meets the embedding only if it is trained.
     """
     inside = {name: size for part in (embedding, *blocks) for name, size in part.items()}
-    model, decoder = Module("model", {}, {**inside, **head}), Module("decoder", {}, inside)
+    model = Module("model", {}, {**inside, **head})
+    decoder = Module("decoder", {}, inside)
+    table = Module("embedding", embedding, embedding)
     middle = [Module(f"block {index}", part, part, index) for index, part in enumerate(blocks)]
-    norm, last = Module("norm", {}, {}), Module("head", head, head)
-    first = Module("embedding", embedding, embedding)
-    forward = [model, decoder, first, *middle, norm, last]
-    backward = [model, last, norm, decoder, *reversed(middle), *[first] * embedding_trained]
+    norm = Module("norm", {}, {})
+    last = Module("head", head, head)
+
+    forward = [model, decoder, table, *middle, norm, last]
+    backward = [model, last, norm, decoder, *reversed(middle)]
+    if embedding_trained:
+        backward.append(table)
     return [*forward, *backward], len(forward)

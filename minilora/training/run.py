@@ -81,10 +81,9 @@ def run_in(world: World, request: CheckedRequest, times: StartupTimes) -> None:
     times.finished("tokens")
 
     # What the plan decides stands beside what was asked: neither overwrites the other.
-    forecast = foresee(
-        world, request.asked_way(world.size), request.lora, schedule, settings.keeps_what_fits
-    )
-    decided = forecast.asked.setup
+    asked, files = request.asked_way(world.size)
+    forecast = foresee(world, asked, files, request.lora, schedule, settings.keeps_what_fits)
+    decided = forecast.decided.job
     tell(world, settings.notices, notes, forecast.opening(settings.train.strict_plan))
 
     with forecast.explaining(world.rank, settings.train):
