@@ -162,7 +162,7 @@ def test_the_predicted_memory_is_what_the_plan_says(
         words = [*shlex.split(command)[3:], *more]
         assert importlib.import_module("minilora.plan").main(words) == 0
         output = capsys.readouterr().out
-        wanted = (r"which (\S+ GiB) can", r"a GPU at .* (\S+ GiB)")
+        wanted = (r"which (\S+ GiB) can", r"peak of a GPU.* (\S+ GiB)")
         return [re.findall(pattern, output)[0] for pattern in wanted]
 
     (usable, peak), (_, in_spans) = planned(), planned("--gather_tokens", "8192")

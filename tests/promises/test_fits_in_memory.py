@@ -166,7 +166,7 @@ def test_no_torch_no_gpu_no_weights_and_soon() -> None:
         (["--num_gpus", "0"], "--num_gpus must be above 0"),
         (["--gpu_memory", "-1"], "--gpu_memory must be above 0"),
         (["--num_gpus", "many"], "--num_gpus"),
-        (["--model_name_or_path", "nowhere"], "nowhere/config.json: no such file"),
+        (["--model_name_or_path", "nowhere"], "nowhere: no such folder"),
         (["--deepspeed", "zero9"], "zero9: no such file"),
         (["--lora_target", "q_prj"], "no layer is called q_prj"),
         (["--gpu_memry", "24"], "not a known key"),
