@@ -200,8 +200,9 @@ def _backward_of_mlp(job: MemoryJob, saves: bool) -> list[Tensor]:
             *_gradient_of_last_tile(job),
         ]
     piece = [
-        # Its first row, the MLP's input, is a view of the tile's and takes no memory: room.
-        *saved_by_mlp(job),
+        # A piece's input is a view of the tile's. Its place is counted all the same.
+        PerToken("room for a hidden state", d, "recompute.py recompute: backward"),
+        *saved_by_mlp(job)[1:],
         *wide,
         PerToken("gradient of the last piece's input", d, "recompute.py recompute: backward"),
     ]

@@ -3,35 +3,29 @@
 from __future__ import annotations
 
 import json
-import re
-import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed
 
+from benchmarks.meters import Pretended
 from minilora.data.documents import Documents
 from minilora.data.schedule import Schedule
 from minilora.data.steps import Place, TileLimits, build_step, most_tokens, worst_span
 from minilora.files.model_config import shape_from_config
-from minilora.memory.in_a_run import Forecast
-from minilora.memory.peak import GIB, budget
-from minilora.memory.ways import Way, advice, nearest_that_fit, recommended, ways
-from minilora.memory.zero3_gathers import Zero
-from minilora.plan import main as plan
+from minilora.memory.in_a_run import Forecast, OutOfMemory, foresee
+from minilora.memory.peak import GIB, peak_memory
+from minilora.memory.ways import Way
+from minilora.model.lora_shape import LoraShape
+from minilora.processes.world import World
 from minilora.settings.errors import RequestError
-from tests.support.article import ROOT, article
-from tests.support.commands import fenced_commands, text_of
+from minilora.settings.settings import TrainSettings
+from tests.support.article import FILES, article
 from tests.support.runs import Ground
-
-NAMES = ("zero3", "zero2", "zero0", "zero3_offload")
-FILES = {
-    name: Zero.of(json.loads((ROOT / f"minilora/ds_configs/{name}.json").read_text()))
-    for name in NAMES
-}
 
 
 @pytest.mark.parametrize("packing", [False, True])
@@ -115,6 +109,7 @@ def huge_checkpoint(folder: Path, tiny: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_run_that_does_not_fit_is_refused_before_weights_are_read(
     ground: Ground, tiny: Path, tmp_path: Path, launch: Callable[..., tuple[int, str]]
 ) -> None:
@@ -130,15 +125,26 @@ def test_a_run_that_does_not_fit_is_refused_before_weights_are_read(
     assert "error: strict_plan: the plan needs " in output and "nearest settings" in output
 
 
+SMALL = {
+    "model_type": "llama",
+    "hidden_size": 64,
+    "intermediate_size": 160,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": 500,
+}
+
+
 def forecast(limit: float, on_gpu: bool = True) -> Forecast:
-    setup = article(rank=16, on_gpu=on_gpu)
-    return Forecast(Way("zero3", setup, budget(setup)), FILES, int(limit * GIB))
+    asked = Way("zero3", article())
+    decided = Way("zero3", article(on_gpu=on_gpu))
+    return Forecast(asked, decided, FILES, int(limit * GIB))
 
 
 def test_the_opening_warns_or_refuses() -> None:
     (line,) = forecast(23.64).opening(strict=True)
-    total = budget(article(rank=16)).total / GIB
-    assert f"plan: {total:.4g} GiB per GPU" in line and "of 23.64: parameters" in line
+    total = peak_memory(article()).total / GIB
+    assert f"plan: peak of a GPU {total:.4g} GiB (loss, head), of 23.64: parameters" in line
     assert "up to 32,768 tokens" in line
     line, warning = forecast(10).opening(strict=False)
     assert warning.startswith("warning: the plan needs ")
@@ -148,140 +154,69 @@ def test_the_opening_warns_or_refuses() -> None:
 
 
 def test_the_closing_compares_what_can_be_compared() -> None:
-    read = [{"gpu_memory_allocated_gib": 12.5, "gpu_memory_reserved_gib": 13.0,
-             "gpu_memory_used_gib": n} for n in (13.9, 14.1)]  # fmt: skip
-    needs = budget(article(rank=16))
+    read = [
+        {
+            "gpu_memory_allocated_gib": 12.5,
+            "gpu_memory_reserved_gib": 13.0,
+            "gpu_memory_used_gib": n,
+        }
+        for n in (13.9, 14.1)
+    ]
+    peak = peak_memory(article())
     line = forecast(23.64).closing(read)
-    assert f"predicted {needs.tensors / GIB:.4g} GiB of tensors, measured 12.5 " in line
-    assert f"predicted {needs.total / GIB:.4g}, in use 14.1 (reserved by torch 13)" in line
+    assert f"predicted {peak.tensors / GIB:.4g} GiB of tensors, measured 12.5 " in line
+    assert f"predicted {peak.total / GIB:.4g}, in use 14.1 (reserved by torch 13)" in line
     line = forecast(23.64, on_gpu=False).closing([{"rss_gib": 0.4, "rss_peak_gib": 0.5}])
     assert "not measured" in line and "up to 0.5 GiB" in line
 
 
-@pytest.mark.parametrize("phase", ["gather", "forward", "recompute", "loss", "step", "save"])
-@pytest.mark.parametrize("keep", [0, 4, 32])
-@pytest.mark.parametrize("file", NAMES)
-def test_each_advice_saves_what_it_says(file: str, keep: int, phase: str) -> None:
-    """Each change, planned again by itself."""
-    setup = article(rank=16, zero=FILES[file], keep_blocks=keep)
-    asked = Way(file, setup, budget(setup))
-    lines = advice(asked, FILES, phase, int(23.64 * GIB))
-    assert len(lines) == 3
-    for line in lines:
-        change, _, rest = line.partition(" saves ")
-        new = dict(part.split(": ") for part in change.split(", "))
-        assert (new.pop("disable_gradient_checkpointing", None) is not None) is (
-            keep == 32 and "keep_blocks" in new
-        )
-        new = {key: FILES[value] if key == "deepspeed" else json.loads(value)
-               for key, value in new.items()}  # fmt: skip
-        if "deepspeed" in new:
-            new["zero"] = new.pop("deepspeed")
-        after, before = budget(replace(setup, **new)), asked.budget
-        saved = before.phases[phase] - after.phases[phase]
-        if "in other phases" in rest:
-            assert saved == 0
-            saved = before.total - after.total
-        assert float(rest.split()[0]) == pytest.approx(saved / GIB, rel=0.01) and saved > 0
-        more = (after.gathered - before.gathered) / 1e9
-        assert (f"costs {more:.3g} GB more to gather" in rest) is (
-            more > 0 and "PCIe" not in rest and "one more forward" not in rest
-        )
-        # 80 Gbit are 10 GB; the inputs of 32 blocks, in bf16, go out and come back.
-        assert ("more to gather" not in rest) or f"{more / 10:.2g} s at 80 Gbit/s" in rest
-        moved = 2 * 32 * 32768 * 4096 * 2 / 1e9
-        assert ("beside the computation" not in rest) or f"{moved:.3g} GB a step over PCIe" in rest
-
-
-@pytest.mark.parametrize("phase", ["recompute", "loss"])
-@pytest.mark.parametrize("limit", [8, 23.64])
-def test_advice_takes_the_mildest_value_that_saves_a_tenth(phase: str, limit: float) -> None:
-    setup = article(rank=16, zero=FILES["zero3"])
-    asked = Way("zero3", setup, budget(setup))
-    goal = 0.9 * min(limit * GIB, asked.budget.phases[phase])
-    lines = advice(asked, {}, phase, int(limit * GIB))
-    found = [re.match(r"(gather|tile|loss)_tokens: (\d+) saves \S+ GiB, costs", x) for x in lines]
-    for kind, value in (one.groups() for one in found if one):
-        least = {"gather": setup.tile_tokens, "tile": 128, "loss": 64}[kind]
-        there = [budget(replace(setup, **{f"{kind}_tokens": int(value) * n})).phases[phase]
-                 for n in (1, 2)]  # fmt: skip
-        assert there[0] <= goal < there[1] or (there[0] > goal and int(value) == least)
-    assert any(found)
-
-
-def test_shorter_documents_are_as_many() -> None:
-    setup = article(rank=16, zero=FILES["zero3"], longest=16384, step_tokens=16 * 16384)
-    offers = nearest_that_fit(Way("zero3", setup, budget(setup)), {"zero3": setup.zero}, 6 * GIB)
-    assert offers and all(o.setup.longest < 16384 for o in offers)
-    assert all(o.setup.step_tokens == 16 * o.setup.longest for o in offers)
-
-
-@pytest.mark.parametrize("gib", [6, 8, 10, 12, 16, 24, 48, 80])
-def test_what_is_recommended_fits_well_and_fetches_least(gib: int) -> None:
-    setup, limit = article(rank=16, zero=FILES["zero3"]), gib * GIB
-    found = ways(Way("zero3", setup, budget(setup)), {**FILES})
-    chosen = recommended(found, limit)
-    assert all((o.setup.gather_tokens or 10**6) >= o.setup.tile_tokens for o in found), (
-        "else refused"
+def test_running_out_is_explained_with_the_moment_and_three_changes() -> None:
+    with pytest.raises(OutOfMemory) as raised, forecast(11.2).explaining(3, TrainSettings()):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore of torch")
+    assert str(raised.value) == (
+        "rank 3: out of memory (moment: start-up): CUDA out of memory. Tried to allocate 2 GiB."
     )
-    assert chosen and recommended(found, int(1.04 * chosen.budget.total)) is not chosen, (
-        "5 % are spare"
-    )
-    for worth in (
-        lambda o: -(o.budget.total <= 0.95 * limit),
-        lambda o: o.setup.zero.offload_param,
-        lambda o: o.budget.gathered,
-        lambda o: -o.setup.keep_blocks,  # the least computed again
-        lambda o: o.setup.offload_activations,  # the least moved
-    ):
-        least = min(map(worth, found))
-        found = [option for option in found if worth(option) == least]
-    assert chosen in found
+    first, *changes = raised.value.advice
+    assert first == "  the plan said 14.09 GiB at the peak; there are 11.2 GiB"
+    assert [change[:5] for change in changes] == ["  1. ", "  2. ", "  3. "]
+    with pytest.raises(ValueError, match="other"), forecast(11.2).explaining(3, TrainSettings()):
+        raise ValueError("another error")
 
 
-def test_the_levers_need_what_the_plan_says(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+@pytest.fixture
+def alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
+    """A world of one rank, in this process."""
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.setenv(name, "set anew, and put back in the end")
+    yield Pretended(1, "cpu")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("saves_what_fits", [False, True])
+def test_what_is_asked_and_what_is_decided_are_two_things(
+    alone: World, saves_what_fits: bool
 ) -> None:
-    """docs/memory.md: rows that start with a setting, parts and totals, longest documents."""
-    monkeypatch.chdir(ROOT)
-    text = text_of(ROOT / "docs" / "memory.md")
-    (command,) = [line for line in fenced_commands(text) if "minilora.plan" in line]
+    """Rows are half as long as they may be, another adapter goes on, and all blocks may save."""
+    shape = shape_from_config(SMALL)
+    job = article(ranks=1, shape=shape, step_tokens=4096, adapter=pairs_on("q_proj"))
+    schedule = Schedule(np.full(60, 1024), 1, 2, 2048, packing=False)
+    asked = Way("zero3", job)
+    found = foresee(alone, asked, FILES, pairs_on("v_proj"), schedule, saves_what_fits)
+    assert found.asked is asked and found.files is FILES
+    decided = found.decided.job
+    assert (decided.step_tokens, decided.longest, decided.on_gpu) == (2048, 1024, False)
+    assert decided.adapter == pairs_on("v_proj")
+    assert decided.keep_blocks == (2 if saves_what_fits else 0)
+    assert 0 < found.limit < 2**50
 
-    def says(*changes: str) -> str:
-        plan([*shlex.split(command)[3:], *changes])
-        return capsys.readouterr().out
 
-    def total(*changes: str) -> str:
-        return re.findall(r"fullest.* (\S+) GiB", says(*changes))[0]
-
-    levers = re.findall(r"^\| `(--[^`]+)` \| ([\d.]+) \|", text, re.MULTILINE)
-    assert len(levers) == 12
-    for change, told in [
-        ("", re.findall(r"^\| as it is \| (\S+)", text, re.MULTILINE)[0]),
-        *levers,
-    ]:
-        assert total(*change.split()) == told, change
-    spans = ["--gather_tokens", "8192"]
-    columns = [says(), says(*spans), says(*spans, "--deepspeed", "zero2")]
-    for part in ("parameters", "activations", "optimizer states", "accumulation", "fixed"):
-        (told,) = re.findall(rf"^\| {part}[^|]*\|(.*)\|[^|]*\|$", text, re.MULTILINE)
-        found = [re.findall(rf"^{part} +(\S+) GiB", column, re.MULTILINE)[0] for column in columns]
-        assert told.replace(" ", "").split("|") == found, part
-    (told,) = re.findall(r"^\| \*\*total\*\* (.*)\| of", text, re.MULTILINE)
-    assert re.findall(r"[\d.]+", told) == [total(*column) for column in (
-        [], spans, [*spans, "--deepspeed", "zero2"])]  # fmt: skip
-    for file, here, away in re.findall(r"^\| `(\w+)` \| (\S+) \| (\S+) \|$", text, re.MULTILINE):
-        assert re.search(rf"{file} +{here} +\({away}\)\n", columns[0]), file
-    assert f"19.96 with `{' '.join(spans)}`" in text
-    assert total(*spans, "--deepspeed", "zero0") == "19.96"
+def pairs_on(layer: str) -> LoraShape:
+    return LoraShape(8, 8.0, 0.0, (layer,))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, CUDA_VISIBLE_DEVICES=0")
-def test_the_history_of_a_gpu_is_written(ground: Ground, tmp_path: Path) -> None:
+def test_the_history_of_a_gpu_is_written(tmp_path: Path) -> None:
     """The real allocator, asked for more than there is."""
-    from minilora.memory.in_a_run import OutOfMemory
-    from minilora.settings.settings import TrainSettings
-
     train = TrainSettings(output_dir=str(tmp_path), memory_snapshot=True)
     with pytest.raises(OutOfMemory) as raised, forecast(23.64).explaining(0, train):
         torch.empty(2**45, dtype=torch.uint8, device="cuda")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import psutil
@@ -14,21 +16,24 @@ import torch
 import torch.distributed
 
 from minilora.memory.measured import (
+    MOMENT_OF,
     expand_segments,
     free_memory,
     is_out_of_memory,
-    phase_of,
+    moment_of,
     read_memory,
 )
+from minilora.memory.peak import peak_memory
+from tests.support.article import ROOT, article
 
 ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # its settings' new and older name
 
 
-def test_phases_are_read_off_the_traceback() -> None:
+def test_moments_are_read_off_the_traceback() -> None:
     def raised(work: Callable[[], object]) -> BaseException:
         try:
             work()
-        except RuntimeError as error:
+        except (RuntimeError, ValueError) as error:
             return error
         raise AssertionError("nothing was raised")
 
@@ -36,13 +41,35 @@ def test_phases_are_read_off_the_traceback() -> None:
         return torch.empty(2**60)
 
     error = raised(huge)
-    assert is_out_of_memory(error) and phase_of(error) == "start-up"
+    assert is_out_of_memory(error) and moment_of(error) == "start-up"
     assert not is_out_of_memory(raised(lambda: torch.zeros(2) @ torch.zeros(3)))
     from minilora.model.loss import head_loss
 
     hidden, targets = torch.zeros(1, 4, requires_grad=True), torch.zeros(1, dtype=torch.int64)
     strange = raised(lambda: head_loss(hidden, torch.zeros(3, 5), targets, 1.0))
-    assert phase_of(strange) == "loss"
+    assert moment_of(strange) == "loss"
+    criterion = torch.nn.CrossEntropyLoss()  # in torch/nn/modules/loss.py, and its forward too
+    other = raised(lambda: criterion(torch.zeros(2, 3), torch.zeros(3, dtype=torch.int64)))
+    assert moment_of(other) == "start-up"
+
+
+@pytest.mark.parametrize("place", MOMENT_OF)
+def test_each_function_that_tells_a_moment_exists(place: str) -> None:
+    """In minilora or in DeepSpeed: one file of this folder and name defines it."""
+    file, _, function = place.partition(".")
+    deepspeed = find_spec("deepspeed")
+    assert deepspeed and deepspeed.submodule_search_locations
+    roots = [ROOT / "minilora", Path(deepspeed.submodule_search_locations[0])]
+    found = [path for root in roots for path in root.rglob(f"{file}.py")]
+    assert len(found) == 1, f"{file}.py: {found}"
+    tree = ast.parse(found[0].read_text(encoding="utf-8"))
+    names = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+    assert function in names, f"{found[0]} has no {function}: rename it in MOMENT_OF too"
+
+
+def test_the_moments_are_those_of_the_plan() -> None:
+    planned = {*peak_memory(article()).by_moment}
+    assert {*MOMENT_OF.values()} == planned | {"start-up"}
 
 
 @pytest.mark.parametrize(
@@ -61,6 +88,7 @@ def test_memory_can_run_out_in_several_libraries(error: Exception) -> None:
     assert is_out_of_memory(error)
 
 
+@pytest.mark.slow
 def test_torch_reads_that_segments_are_to_expand_after_it_was_imported() -> None:
     code = "import torch; from minilora.memory.measured import expand_segments as f; f(); "
     code += "print(torch._C._accelerator_getAllocatorSettings())"

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,9 +15,10 @@ from typing import Any
 import pytest
 
 from minilora.plan import main
+from tests.support.article import ROOT
+from tests.support.commands import fenced_commands, text_of
 from tests.support.plan_cases import BASE, CASES
 
-ROOT = Path(__file__).resolve().parent.parent.parent
 ARTICLE = [str(ROOT / "examples/llama31_8b_7x4090.yaml"), "--num_gpus", "7"]
 ARTICLE += ["--model_name_or_path", str(ROOT / "examples/llama-3.1-8b")]
 Row = dict[str, Any]
@@ -29,7 +30,8 @@ def count(
     """Run the real engine for two steps per case; JSON lines as rows."""
     words = ["-m", "benchmarks.memory", "--device", "cpu", "--size", "mid", "--ranks", str(ranks)]
     words += ["--cases", json.dumps([{**BASE, **case} for case in cases])]
-    code, output = launch(ranks if real else 1, words, with_="torchrun" if real else "python")
+    with_ = "torchrun" if real else "python"
+    code, output = launch(ranks if real else 1, words, with_=with_, timeout=1200)
     assert code == 0, output
     rows = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
     assert len(rows) == len(cases), output
@@ -44,6 +46,7 @@ def counted(launch: Callable[..., tuple[int, str]]) -> dict[int, list[Row]]:
         return dict(zip(CASES, rows, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("ranks", "index"), [(ranks, index) for ranks in CASES for index in range(len(CASES[ranks]))]
 )
@@ -53,8 +56,10 @@ def test_the_plan_counts_what_the_allocator_counts(
     row, case = counted[ranks][index], CASES[ranks][index]
     predicted, measured = row["predicted"], row["measured"]
     assert predicted["run"] == pytest.approx(measured["run"], rel=0.02), row
-    for phase in ("forward", "loss", "recompute") if "bf16" not in case else ("loss",):
-        assert predicted[phase] == pytest.approx(measured[phase], rel=0.02), (phase, row)
+    # In bf16 the CPU's products take scratch memory, which the plan does not count.
+    moments = ["loss"] if "bf16" in case else ["forward", "loss", "recompute"]
+    for moment in moments:
+        assert predicted[moment] == pytest.approx(measured[moment], rel=0.02), (moment, row)
     assert 0.99 * measured["step"] < predicted["step"] < 1.1 * measured["step"], row
     for kept in ("weights", "LoRA", "Adam moments"):
         assert predicted[kept] == pytest.approx(measured[kept], rel=0.005), (kept, row)
@@ -62,15 +67,17 @@ def test_the_plan_counts_what_the_allocator_counts(
         assert predicted["gathered"] == measured["gathered"], row
 
 
+@pytest.mark.slow
 def test_the_cases_differ_in_what_fills_them(counted: dict[int, list[Row]]) -> None:
     """Otherwise a term that is never the largest would be tested nowhere."""
     rows = [row["measured"] for rows in counted.values() for row in rows]
-    fullest = {max(("forward", "loss", "recompute"), key=row.__getitem__) for row in rows}
-    assert fullest >= {"loss", "recompute"}
+    peaks = {max(("forward", "loss", "recompute"), key=row.__getitem__) for row in rows}
+    assert peaks >= {"loss", "recompute"}
     runs = [row["run"] for row in rows]
     assert max(runs) > 4 * min(runs)
 
 
+@pytest.mark.slow
 def test_real_ranks_hold_what_the_made_up_one_holds(
     counted: dict[int, list[Row]], launch: Callable[..., tuple[int, str]]
 ) -> None:
@@ -125,7 +132,7 @@ def test_the_plan_goes_by_the_files_and_types_that_are_asked_for(
 
 
 def test_gathers_take_the_time_that_the_link_takes(plan: Plan) -> None:
-    """30.02 GB, of which 6 of 7 parts come from others: 206 Gbit."""
+    """30.02 GB, of which 6 of 7 parts come from others, are 206 Gbit."""
     for link, seconds in (("80", "2.6"), ("20", "10.3")):
         _, output = plan(*ARTICLE, "--link_gbps", link)
         (row,) = re.findall(r"^zero3 +recomputed +step .*$", output, re.MULTILINE)
@@ -152,12 +159,12 @@ def test_nothing_fits_on_too_small_a_card(plan: Plan) -> None:
     assert "nothing fits" in output
 
 
-def test_no_torch_no_gpu_no_weights_and_soon() -> None:
+@pytest.mark.slow
+def test_no_torch_no_gpu_no_weights() -> None:
+    """So that it takes a second, where importing torch alone takes several."""
     check = "import sys; from minilora.plan import main; main(sys.argv[1:]); "
     check += "assert not {'torch', 'deepspeed', 'numpy'} & {*sys.modules}"
-    started = time.monotonic()
     subprocess.run([sys.executable, "-c", check, *ARTICLE], cwd=ROOT, check=True)
-    assert time.monotonic() - started < 4  # 0.9 s on a machine with nothing else to do
 
 
 @pytest.mark.parametrize(
@@ -166,7 +173,7 @@ def test_no_torch_no_gpu_no_weights_and_soon() -> None:
         (["--num_gpus", "0"], "--num_gpus must be above 0"),
         (["--gpu_memory", "-1"], "--gpu_memory must be above 0"),
         (["--num_gpus", "many"], "--num_gpus"),
-        (["--model_name_or_path", "nowhere"], "nowhere: no such folder"),
+        (["--model_name_or_path", "nowhere"], "model_name_or_path: nowhere: no such folder"),
         (["--deepspeed", "zero9"], "zero9: no such file"),
         (["--lora_target", "q_prj"], "no layer is called q_prj"),
         (["--gpu_memry", "24"], "not a known key"),
@@ -181,18 +188,73 @@ def test_wrong_requests(plan: Plan, words: list[str], named: str) -> None:
     assert named in output
 
 
-def test_formulas_come_to_their_numbers(plan: Plan) -> None:
-    for words in ([], ["--deepspeed", "zero0"], ["--disable_gradient_checkpointing", "true"]):
-        _, output = plan(*ARTICLE, *words, "--explain")
-        lines = output.split("fits: ")[0].split("not fit: ")[0].splitlines()
-        formulas = [line for line in lines if " = " in line]
-        assert len(formulas) > 10
-        for line in formulas:
-            shown, formula = line.split(" = ")
-            made = eval(re.sub(r"[a-zA-Z,]", "", formula.replace(" x ", " * ")))
-            assert float(shown.split()[-1 if "GiB" not in shown else -2]) == pytest.approx(
-                made / 2**30, abs=0.006
-            ), line
+@pytest.mark.parametrize(
+    "words", [[], ["--deepspeed", "zero0"], ["--disable_gradient_checkpointing", "true"]], ids=str
+)
+def test_formulas_come_to_their_numbers(plan: Plan, words: list[str]) -> None:
+    _, output = plan(*ARTICLE, *words, "--explain")
+    lines = re.split(r"\n(?:fits|does not fit): ", output)[0].splitlines()
+    formulas = [line for line in lines if " = " in line]
+    assert len(formulas) > 10
+    for line in formulas:
+        shown, formula = line.split(" = ")
+        numbers = re.sub(r"\(.*\)|[a-zA-Z,]", "", formula.replace(" x ", " * "))
+        told = float(shown.removesuffix(" GiB ").split()[-1])
+        assert told == pytest.approx(eval(numbers) / 2**30, abs=0.006), line
+
+
+def test_tensors_come_to_their_terms(plan: Plan) -> None:
+    """Tensors are indented below their term, terms below their part."""
+    _, output = plan(*ARTICLE, "--keep_blocks", "2", "--gather_tokens", "8192", "--explain")
+    table = output.split("peak of a GPU: ")[0].splitlines()[2:]
+    sums: dict[int, float] = {}
+    for line in reversed(table):
+        level = (len(line) - len(line.lstrip())) // 2
+        shown = float(line.partition(" = ")[0].removesuffix(" GiB").split()[-1])
+        if level + 1 in sums:
+            assert shown == pytest.approx(sums.pop(level + 1), abs=0.1), line
+        sums[level] = sums.get(level, 0.0) + shown
+    (told,) = re.findall(r"peak of a GPU: .* (\S+) GiB", output)
+    assert float(told) == pytest.approx(sums[0], abs=0.02)
+
+
+def test_the_document_of_the_levers_says_what_the_plan_says(
+    plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """docs/memory.md: rows that start with a setting, parts and totals, longest documents."""
+    monkeypatch.chdir(ROOT)
+    text = text_of(ROOT / "docs" / "memory.md")
+    (command,) = [line for line in fenced_commands(text) if "minilora.plan" in line]
+
+    def says(*changes: str) -> str:
+        return plan(*shlex.split(command)[3:], *changes)[1]
+
+    def total(*changes: str) -> str:
+        return re.findall(r"peak of a GPU: .* (\S+) GiB", says(*changes))[0]
+
+    (as_it_is,) = re.findall(r"^\| as it is \| (\S+)", text, re.MULTILINE)
+    assert total() == as_it_is
+    levers = re.findall(r"^\| `(--[^`]+)` \| ([\d.]+) \|", text, re.MULTILINE)
+    assert len(levers) == 12
+    for change, told in levers:
+        assert total(*change.split()) == told, change
+
+    spans = ["--gather_tokens", "8192"]
+    columns = [says(), says(*spans), says(*spans, "--deepspeed", "zero2")]
+    for part in ("parameters", "activations", "optimizer states", "accumulation", "fixed"):
+        (told,) = re.findall(rf"^\| {part}[^|]*\|(.*)\|[^|]*\|$", text, re.MULTILINE)
+        found = [re.findall(rf"^{part} +(\S+) GiB", column, re.MULTILINE)[0] for column in columns]
+        assert told.replace(" ", "").split("|") == found, part
+    (told,) = re.findall(r"^\| \*\*total\*\* (.*)\| of", text, re.MULTILINE)
+    assert re.findall(r"[\d.]+", told) == [
+        total(), total(*spans), total(*spans, "--deepspeed", "zero2")
+    ]  # fmt: skip
+    documents = re.findall(r"^\| `(\w+)` \| (\S+) \| (\S+) \|$", text, re.MULTILINE)
+    assert len(documents) == 4
+    for file, here, away in documents:
+        assert re.search(rf"{file} +{here} +\({away}\)\n", columns[0]), file
+    assert f"19.96 with `{' '.join(spans)}`" in text
+    assert total(*spans, "--deepspeed", "zero0") == "19.96"
 
 
 def test_the_plot(plan: Plan, tmp_path: Path) -> None:

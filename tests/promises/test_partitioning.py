@@ -230,7 +230,7 @@ def test_every_launcher_trains(
     assert "2 of 2 blocks keep their activations" in output
     assert re.search(r"s since the launch: imports \d+\.\d, checks .*, weights ", output)
     assert output.count("the adapter is in") == 1
-    assert output.count("\nplan: ") == output.count("memory at the fullest: predicted ") == 1
+    assert output.count("\nplan: ") == output.count("memory at the peak: predicted ") == 1
 
 
 def test_a_wrong_request_ends_every_rank_with_2(

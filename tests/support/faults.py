@@ -41,7 +41,8 @@ MOMENTS: dict[str, tuple[Any, str]] = {
     "save": (milestones, "write_snapshot"),
     "check": (milestones, "check_adapter"),
     "file of a save": (snapshot, "write_atomically"),
-    # What a phase calls first, or it alone: not our functions, for they would be the phase's frame.
+    # What a moment of the memory plan calls first, or it alone. Not our functions: their frames
+    # tell the moment.
     "gather": (sys.modules["deepspeed.runtime.zero.partition_parameters"], "_dist_allgather_fn"),
     "forward": (torch.nn.functional, "silu"),
     "loss": (torch.Tensor, "scatter_add_"),

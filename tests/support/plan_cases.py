@@ -6,8 +6,14 @@ from typing import Any
 
 # 1024 tokens per rank and step unless said otherwise; fp32, since the CPU's bf16 products take
 # scratch memory. The model has 4 blocks of hidden size 256, and 4096 words.
-BASE: dict[str, Any] = {"bf16": False, "cutoff_len": 128, "lora_rank": 8}
-BASE |= {"accumulation": 2, "tile_tokens": 256, "loss_tokens": 128}
+BASE: dict[str, Any] = {
+    "bf16": False,
+    "cutoff_len": 128,
+    "lora_rank": 8,
+    "accumulation": 2,
+    "tile_tokens": 256,
+    "loss_tokens": 128,
+}
 WHOLE = ["embed_tokens", "lm_head"]
 CASES: dict[int, list[dict[str, Any]]] = {
     1: [
