@@ -13,8 +13,8 @@ documents       keeps the tokens of all documents end to end, in files that proc
 schedule        decides which documents belong to which optimizer step.
 steps           deals a step's documents out to the ranks, and cuts them into spans and tiles.
 
-prompts serves minilora.generate: it makes tokens of what is asked. tokenizer_files reads the files of
-the tokenizer, once for the tokens and for the copies beside each adapter.
+prompts serves minilora.generate: it makes tokens of what is asked. tokenizer_files reads the files
+of the tokenizer, once for the tokens and for the copies beside each adapter.
 
 Up to documents everything happens once, in one process per machine, before the training. schedule
 and steps work in every process, at every step.

@@ -41,8 +41,8 @@ def test_out_of_memory_gives_advice_and_ends_all_ranks(moment: str, results: Res
     first = "0" if moment == "loss" else "1"
     (said,) = re.findall(
         rf"^error: rank (\d): out of memory \(moment: {moment}\): .*can't allocate memory.*there "
-        r"is no snapshot.*\n  the plan said (\S+) GiB of tensors at this moment, (\S+) GiB at the peak"
-        r"; there are (\S+) GiB\n((?:  \d\. .* saves .* GiB.*, costs .*\n){3})",
+        r"is no snapshot.*\n  the plan said (\S+) GiB of tensors at this moment, (\S+) GiB at the "
+        r"peak; there are (\S+) GiB\n((?:  \d\. .* saves .* GiB.*, costs .*\n){3})",
         "\n".join(result["outputs"]),
         re.MULTILINE,
     )
