@@ -55,7 +55,9 @@ def run(args: argparse.Namespace) -> None:
     checkpoint = read_checkpoint(read_model_config(args.model_name_or_path))
     tokenizer = load_tokenizer(args.model_name_or_path)
     template = make_template(args.template, tokenizer, args.system)
-    room = (checkpoint.shape.max_positions or math.inf) - args.max_new_tokens
+    shape = checkpoint.shape
+    longest = min(shape.max_positions or math.inf, shape.window or math.inf)
+    room = longest - args.max_new_tokens
     encode: Encode = partial(encode_rows, template, room)
     rows = (
         read_prompts(args.prompts) if args.prompts else [Row("--prompt", {"prompt": args.prompt})]
@@ -147,7 +149,7 @@ def encode_rows(template: Template, room: float, rows: Sequence[Row]) -> list[li
             if len(prompts[-1]) > room:
                 problems.append(
                     f"{row.place}: the prompt's {len(prompts[-1])} tokens and --max_new_tokens "
-                    "exceed max_position_embeddings in config.json"
+                    "exceed max_position_embeddings in config.json, or its sliding_window"
                 )
         except BadRow as error:
             problems.append(f"{row.place}: {error}")

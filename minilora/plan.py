@@ -13,6 +13,7 @@ from itertools import groupby
 
 from minilora.files.deepspeed_file import Facts, read_deepspeed_files
 from minilora.files.model_config import read_model_config
+from minilora.files.model_families import window_problem
 from minilora.memory.job import MemoryJob
 from minilora.memory.peak import GIB, Budget
 from minilora.memory.ways import (
@@ -65,6 +66,8 @@ def _run(own: argparse.Namespace, settings: Settings) -> int:
     if wrong:
         raise RequestError([f"--{key} must be above 0" for key in wrong])
     shape = read_model_config(settings.base).shape
+    if problems := window_problem(shape, settings.data.cutoff_len, "cutoff_len"):
+        raise RequestError(problems)
     facts = Facts(own.num_gpus, shape.hidden_size, settings.train.computes_in_bf16(on_gpu=True))
     ds_configs = read_deepspeed_files(settings.train, facts)
     asked, files = asked_way(settings, shape, ds_configs, own.num_gpus, on_gpu=True)
