@@ -223,9 +223,7 @@ def _read_yarn(reader: _Reader, inner: _Reader, theta: float) -> Rope:
     for key, usual_values in (("mscale", ()), ("mscale_all_dim", ()), ("truncate", (True,))):
         value = inner.values.get(key)
         if value is not None and value not in usual_values:
-            inner.add_problem(
-                key, value, "not known; no file of Qwen or Mistral has it"
-            )
+            inner.add_problem(key, value, "not known; no file of Qwen or Mistral has it")
     factor = inner.positive_number("factor")
     if inner.values.get("original_max_position_embeddings") is None:
         original = reader.whole_number("max_position_embeddings")

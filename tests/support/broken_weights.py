@@ -58,7 +58,7 @@ BROKEN: dict[str, tuple[Callable[[Path], None], list[str]]] = {
     "no config": (remove("config.json"), ["config.json: no such file"]),
     "broken config": (write_config("{\n,}"), ["config.json:2: not JSON"]),
     "config is a list": (write_config("[]"), ["a JSON object is needed, not list"]),
-    "not a llama": (write_config('{"model_type": "gpt2"}'), ["only `llama`"]),
+    "not a llama": (write_config('{"model_type": "gpt2"}'), ["it is not known; Llama 3, Qwen2"]),
     "no weights": (remove(INDEX), ["no model.safetensors and no model.safetensors.index.json"]),
     "shard missing": (
         lambda folder: shard_of(folder, NORM).unlink(),
@@ -99,6 +99,6 @@ BROKEN: dict[str, tuple[Callable[[Path], None], list[str]]] = {
             )(folder),
         ]
         and None,
-        ["model.layers.2.x is not part of a Llama"],
+        ["model.layers.2.x is not part of the model"],
     ),
 }  # fmt: skip
