@@ -93,7 +93,8 @@ class MemoryJob:
     def kept(self) -> tuple[int, int]:
         """Elements that autograd keeps per token: of attention, of the MLP with the second norm.
 
-        Attention: its normed input, q, k, v, output and a sum per head (fp32). The MLP: its input,
+        Attention: its normed input, q, k, v, output and a sum per head (fp32); where q and k are
+        normed, both as they were before, and a number per head (fp32) for each. The MLP: its input,
         the same normed, gate, up and silu(gate) x up. A LoRA pair: its R numbers, with dropout its
         masked input and the mask, with DoRA its output before it is scaled.
         """
@@ -101,6 +102,9 @@ class MemoryJob:
         dropout, dora = self.adapter.dropout > 0, self.adapter.use_dora
         copied = 0 if self.on_gpu else q  # documents' outputs are put together
         attention = d + 2 * q + 2 * k + self.shape.num_heads * 4 // self.size + copied
+        if self.shape.qk_norm:
+            heads = self.shape.num_heads + self.shape.num_kv_heads
+            attention += q + k + heads * 4 // self.size
         pairs = {
             name: lora[f"{name} lora_A"] // size + (2 + dora) * size * dropout + dora * out
             for name, (out, size) in sizes.items()
