@@ -170,8 +170,10 @@ def encode(
             end = tokens_before[index]
             if characters > 0:  # the part ends inside this piece
                 piece = pieces[index]
-                is_text = isinstance(piece, _Plain)
-                end += _tokens_up_to(encodings[piece], characters) if is_text else 1
+                if isinstance(piece, _Plain):
+                    end += _tokens_up_to(encodings[piece], characters)
+                else:
+                    end += 1
             ends.append(end)
         result.append((tokens, ends))
     return result
