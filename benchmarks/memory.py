@@ -74,6 +74,7 @@ class Case:
     offload_activations: bool = False
     tied: bool = False
     packing: bool = False
+    model_type: str = "llama"
     reduce_bucket_size: int | None = None
     bf16: bool = True
     prefetch: bool = True
@@ -237,7 +238,8 @@ def _memory_job(case: Case, size: Size, ranks: int, on_gpu: bool) -> MemoryJob:
 
 
 def _shape(case: Case, size: Size) -> LlamaShape:
-    return shape_from_config(size.config() | {"tie_word_embeddings": case.tied})
+    config = size.config() | {"tie_word_embeddings": case.tied, "model_type": case.model_type}
+    return shape_from_config(config | {"head_dim": size.hidden // size.heads})
 
 
 def _ds_config(case: Case, size: Size, ranks: int) -> dict[str, Any]:

@@ -60,7 +60,9 @@ def run(args: argparse.Namespace) -> None:
     checkpoint = read_checkpoint(read_model_config(args.model_name_or_path))
     tokenizer = load_tokenizer(args.model_name_or_path)
     template = make_template(args.template, tokenizer, args.system)
-    room = (checkpoint.shape.max_positions or math.inf) - args.max_new_tokens
+    shape = checkpoint.shape
+    longest = min(shape.max_positions or math.inf, shape.window or math.inf)
+    room = longest - args.max_new_tokens
     encode: Encode = partial(encode_prompts, template, room)
     decode: Decode = partial(tokenizer.decode, skip_special_tokens=True)
 

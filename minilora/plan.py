@@ -13,6 +13,7 @@ from itertools import groupby
 
 from minilora.files.deepspeed_file import Facts, read_deepspeed_files
 from minilora.files.model_config import read_model_config
+from minilora.files.model_families import window_problem
 from minilora.memory.job import MemoryJob
 from minilora.memory.peak import GIB, PeakMemory
 from minilora.memory.terms import Term
@@ -68,6 +69,8 @@ def _run(own: argparse.Namespace, settings: Settings) -> int:
 
     # What is asked for, and what a GPU has.
     shape = read_model_config(settings.base).shape
+    if problems := window_problem(shape, settings.data.cutoff_len, "cutoff_len"):
+        raise RequestError(problems)
     facts = Facts(own.num_gpus, shape.hidden_size, settings.train.computes_in_bf16(on_gpu=True))
     ds_configs = read_deepspeed_files(settings.train, facts)
     asked, files = asked_way(settings, shape, ds_configs, own.num_gpus, on_gpu=True)

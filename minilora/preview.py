@@ -19,6 +19,7 @@ from minilora.data.prepare import Prepared, prepare
 from minilora.data.schedule import Schedule
 from minilora.data.steps import Place, TileLimits, build_step
 from minilora.files.model_config import read_model_config
+from minilora.files.model_families import window_problem
 from minilora.report.curves import drawing, label, new_figure
 from minilora.settings.command_line import read_options
 from minilora.settings.errors import RequestError, exit_code
@@ -48,6 +49,8 @@ def run(own: argparse.Namespace, settings: Settings) -> None:
         print(notice, file=sys.stderr)
 
     shape = read_model_config(settings.base).shape
+    if problems := window_problem(shape, settings.data.cutoff_len, "cutoff_len"):
+        raise RequestError(problems)
     prepared = prepare(settings, shape, colour=False)
     documents = prepared.documents
     for sample in samples(prepared, own.samples, sys.stdout.isatty()):

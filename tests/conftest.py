@@ -103,6 +103,21 @@ def tmpfs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], 
 
 
 @pytest.fixture(scope="session")
-def ground(tmp_path_factory: pytest.TempPathFactory, tiny: Path, tiny_tied: Path) -> Ground:
+def family_checkpoints(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> dict[str, Path]:
+    """A tiny checkpoint of each other family by its model_type, as transformers writes it."""
+    from tests.support.families import TINY, write_family  # imports transformers: seconds
+
+    folder = tmp_path_factory.mktemp("families")
+    return {name: write_family(folder / name, name, tiny) for name in TINY}
+
+
+@pytest.fixture(scope="session")
+def ground(
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny: Path,
+    tiny_tied: Path,
+    family_checkpoints: dict[str, Path],
+) -> Ground:
     """Rows, checkpoints and start adapters of the tests of whole runs."""
-    return make_ground(tmp_path_factory.mktemp("runs"), {"tiny": tiny, "tiny_tied": tiny_tied})
+    models = {"tiny": tiny, "tiny_tied": tiny_tied, **family_checkpoints}
+    return make_ground(tmp_path_factory.mktemp("runs"), models)

@@ -8,6 +8,7 @@ datasets        makes conversations of the rows of all datasets, and counts thos
 conversations   makes a conversation of one row, in any of four formats.
 chat            makes tokens of conversations, says which are trained, and cuts what is too long.
 chat_templates  writes a conversation as text, by the checkpoint's own template or by llama3.
+named_templates does so by LLaMA-Factory's qwen, qwen3 and mistral.
 tokenizer       makes tokens of that text, with special tokens only where the template wrote them.
 documents       keeps the tokens of all documents end to end, in files that processes share.
 schedule        decides which documents belong to which optimizer step.

@@ -9,17 +9,16 @@ from itertools import groupby
 
 import numpy as np
 
-from minilora.data.chat_templates import Llama3, OwnTemplate
+from minilora.data.chat_templates import OwnTemplate
 from minilora.data.conversations import ANSWERS, BadRow, Conversation, Turn
 from minilora.data.datasets import Tally
 from minilora.data.documents import Encoded, Int32s
+from minilora.data.named_templates import NAMED, Renderer
 from minilora.data.tokenizer import Rendered, Tokenizer, encode, mark_specials
 from minilora.settings.errors import RequestError
 from minilora.settings.terminal import progress_bar
 
 CHUNK = 4096  # conversations per batch call of the tokenizer
-LLAMA3_TOKENS = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
-LLAMA3_STOPS = ("<|eot_id|>", "<|eom_id|>")
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,7 @@ class Template:
     """
 
     tokenizer: Tokenizer
-    renderer: Llama3 | OwnTemplate
+    renderer: Renderer
     default_system: str | None
     stop_ids: tuple[int, ...]
 
@@ -103,8 +102,9 @@ class Template:
 def make_template(
     name: str | None, tokenizer: Tokenizer, default_system: str | None = None
 ) -> Template:
-    """The template `llama3`, or for None the checkpoint's own.
+    """A template of LLaMA-Factory's by its name, or for None the checkpoint's own.
 
+    default_system: takes the place of the named template's.
     Raises RequestError for another name, or if the checkpoint lacks what the template needs.
     """
     if name is None:
@@ -113,20 +113,24 @@ def make_template(
         own = OwnTemplate(tokenizer.chat_template, tokenizer.named)
         return Template(tokenizer, own, default_system, tokenizer.stop_ids)
 
-    if name != "llama3":
-        close = difflib.get_close_matches(name, ["llama3"])
-        hint = " (did you mean llama3?)" if close else ""
+    if name not in NAMED:
+        close = difflib.get_close_matches(name, NAMED, n=1)
+        hint = f" (did you mean {close[0]}?)" if close else ""
+        known = ", ".join(NAMED)
         raise _template_error(
-            f"{name} is not known{hint}; say llama3, or remove the key for the checkpoint's own"
+            f"{name} is not known{hint}; say one of {known}, or remove the key for the "
+            "checkpoint's own"
         )
 
-    missing = [token for token in LLAMA3_TOKENS if token not in tokenizer.specials]
-    if missing or tokenizer.bos_id is None:
+    template = NAMED[name]
+    missing = [token for token in template.tokens if token not in tokenizer.specials]
+    if missing or (template.needs_bos and tokenizer.bos_id is None):
         lacks = ", ".join(missing) or "a bos_token"
-        raise _template_error(f"llama3 does not fit the tokenizer, which lacks {lacks}")
-    stops = {tokenizer.specials[token] for token in LLAMA3_STOPS if token in tokenizer.specials}
+        raise _template_error(f"{name} does not fit the tokenizer, which lacks {lacks}")
+    stops = {tokenizer.specials[token] for token in template.stops if token in tokenizer.specials}
     stop_ids = tuple(sorted({*tokenizer.stop_ids, *stops}))
-    return Template(tokenizer, Llama3(tokenizer.named["bos_token"]), default_system, stop_ids)
+    system = template.default_system if default_system is None else default_system
+    return Template(tokenizer, template.renderer(tokenizer.named), system, stop_ids)
 
 
 def _template_error(problem: str) -> RequestError:

@@ -113,25 +113,28 @@ class OwnTemplate:
     def parts(self, turns: Sequence[Turn]) -> list[str]:
         """The text of a conversation, in parts as of `Llama3.parts`.
 
-        Raises BadRow for turns that the template refuses, RequestError for a template that writes
-        earlier turns otherwise once later ones come.
+        Put together they are what the template writes of the whole conversation. Raises BadRow for
+        turns that the template refuses, RequestError for a template that writes earlier turns
+        otherwise once later ones come, except that it may leave out what an answer thought.
         """
         # A template does not say where an answer starts and ends. It is found by rendering what
         # comes before the answer, as a prompt, and then the same with the answer.
         messages = [_message(turn) for turn in turns]
+        pairs: list[tuple[str, str]] = []  # source and answer, as written while it was the last
         parts: list[str] = []
-        done = ""
         for index, turn in enumerate(turns):
             if turn.role not in ANSWERS:
                 continue
             before = self._render(messages[:index], add_generation_prompt=True)
-            parts.append(_rest(before, done))
-            done = self._render(messages[: index + 1], add_generation_prompt=False)
-            parts.append(_rest(done, before))
+            source = _cut(before, pairs)[-1]
+            with_answer = self._render(messages[: index + 1], add_generation_prompt=False)
+            *earlier, rest = _cut(with_answer, pairs)
+            answer = _rest(rest, source)
+            pairs.append((source, answer))
+            parts = [*earlier, source, answer]
 
         if turns[-1].role not in ANSWERS:
-            prompt = self._render(messages, add_generation_prompt=True)
-            parts.append(_rest(prompt, done))
+            parts = _cut(self._render(messages, add_generation_prompt=True), pairs)
         return parts
 
     def _render(self, messages: list[dict[str, Any]], add_generation_prompt: bool) -> str:
@@ -224,16 +227,44 @@ def _message(turn: Turn) -> dict[str, Any]:
     return {"role": turn.role, "content": turn.text}
 
 
+def _cut(text: str, pairs: Sequence[tuple[str, str]]) -> list[str]:
+    """A rendered conversation as source, answer, source, answer, ..., and the rest.
+
+    pairs: its earlier sources and answers, each answer as it was written while it was the last
+    turn. Qwen3's template leaves the text up to </think> out of answers that are no longer the
+    last, so an answer is looked for as it was, and without that text. Raises RequestError.
+    """
+    parts: list[str] = []
+    at = 0
+    for source, answer in pairs:
+        if not text.startswith(source, at):
+            raise _written_otherwise()
+        at += len(source)
+        without_thoughts = answer.rpartition("</think>")[2].lstrip("\n")
+        for written in (answer, without_thoughts):
+            if text.startswith(written, at):
+                break
+        else:
+            raise _written_otherwise()
+        at += len(written)
+        parts += [source, written]
+    return [*parts, text[at:]]
+
+
 def _rest(text: str, start: str) -> str:
     """The rest of a text that begins with `start`. Raises RequestError if it does not."""
     if not text.startswith(start):
-        raise RequestError(
-            [
-                "chat template: it writes a turn differently once more turns follow, so the model "
-                f"would be trained on other text than it is asked with; {REMEDY}"
-            ]
-        )
+        raise _written_otherwise()
     return text[len(start) :]
+
+
+def _written_otherwise() -> RequestError:
+    return RequestError(
+        [
+            "chat template: it writes a turn differently once more turns follow, so the model "
+            f"would be trained on other text than it is asked with; {REMEDY}"
+        ]
+    )
 
 
 def _raise_exception(message: str) -> None:

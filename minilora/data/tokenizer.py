@@ -21,16 +21,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple, TypeAlias
 
 import tokenizers
+from tokenizers import pre_tokenizers
 
 from minilora.data.conversations import BadRow
+from minilora.data.tokenizer_config import chat_template, generation_stops, special_texts
 from minilora.data.tokenizer_files import TokenizerFiles, read_tokenizer_files
 from minilora.settings.errors import RequestError
-from minilora.settings.text_files import read_json
 
 PRIVATE_USE = range(0xE000, 0xF900)  # the characters that Unicode leaves to every program
+# A part of a conversation: its text, or the texts that it is made of, each encoded alone.
+Part: TypeAlias = str | tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,8 @@ class Tokenizer:
 
     backend: the library's tokenizer. It reads special tokens in a text as plain text, adds none of
         its own, and neither pads nor truncates.
+    continued: the same for a text that follows a special token. Tokenizers of sentencepiece's kind,
+        as Mistral's, write a space before the first word of a text, but not before such a one.
     bos_id: the token that starts a document, None where the model has none.
     eos_id: the token that ends a document. stop_ids: all tokens that end an answer, sorted.
     chat_template: jinja2 source, None where the checkpoint has none.
@@ -49,6 +54,7 @@ class Tokenizer:
     """
 
     backend: tokenizers.Tokenizer
+    continued: tokenizers.Tokenizer
     bos_id: int | None
     eos_id: int
     stop_ids: tuple[int, ...]
@@ -70,8 +76,15 @@ class Rendered:
     mark: what `mark_specials` put into the texts; "" where it put nothing.
     """
 
-    parts: Sequence[str]
+    parts: Sequence[Part]
     mark: str = ""
+
+
+class _Plain(NamedTuple):
+    """A text between special tokens. continued: whether it follows one, see `Tokenizer`."""
+
+    text: str
+    continued: bool
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
@@ -92,15 +105,16 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 
     # Older checkpoints name their special tokens in a file of their own.
     config = files.json("tokenizer_config.json")
-    named = _special_texts(files.json("special_tokens_map.json") | config)
+    named = special_texts(files.json("special_tokens_map.json") | config)
     _check_named(folder, named, specials)
     eos_id = specials[named["eos_token"]]
     tokenizer = Tokenizer(
         backend=backend,
+        continued=_continued(backend),
         bos_id=specials.get(named.get("bos_token", "")),
         eos_id=eos_id,
-        stop_ids=tuple(sorted({eos_id, *_generation_stops(folder)})),
-        chat_template=_chat_template(files, config),
+        stop_ids=tuple(sorted({eos_id, *generation_stops(folder)})),
+        chat_template=chat_template(files, config),
         named=named,
         specials=specials,
         pattern=re.compile(f"({'|'.join(map(re.escape, longest_first))})"),
@@ -140,17 +154,20 @@ def encode(
     # Each text between special tokens is encoded once, however often it occurs, and all in one
     # call of the library, which spreads them over the cores.
     cut_rows = [_cut(tokenizer, row, joined) for row in rows]
-    texts = {piece: None for pieces, _ in cut_rows for piece in pieces if isinstance(piece, str)}
-    batch = tokenizer.backend.encode_batch(list(texts), add_special_tokens=False)
-    encodings = dict(zip(texts, batch, strict=True))
-    ids = {text: encoding.ids for text, encoding in encodings.items()}
+    all_texts = {piece: None for row, _ in cut_rows for piece in row if isinstance(piece, _Plain)}
+    encodings: dict[_Plain, tokenizers.Encoding] = {}
+    for backend, continued in ((tokenizer.backend, False), (tokenizer.continued, True)):
+        texts = [piece for piece in all_texts if piece.continued is continued]
+        batch = backend.encode_batch([piece.text for piece in texts], add_special_tokens=False)
+        encodings |= zip(texts, batch, strict=True)
+    ids = {piece: encoding.ids for piece, encoding in encodings.items()}
 
     result = []
     for pieces, part_ends in cut_rows:
         tokens: list[int] = []
         tokens_before = [0]  # each piece, and then the end
         for piece in pieces:
-            tokens += ids[piece] if isinstance(piece, str) else [piece]
+            tokens += ids[piece] if isinstance(piece, _Plain) else [piece]
             tokens_before.append(len(tokens))
 
         ends = []
@@ -158,7 +175,10 @@ def encode(
             end = tokens_before[index]
             if characters > 0:  # the part ends inside this piece
                 piece = pieces[index]
-                end += _tokens_up_to(encodings[piece], characters) if isinstance(piece, str) else 1
+                if isinstance(piece, _Plain):
+                    end += _tokens_up_to(encodings[piece], characters)
+                else:
+                    end += 1
             ends.append(end)
         result.append((tokens, ends))
     return result
@@ -166,27 +186,34 @@ def encode(
 
 def _cut(
     tokenizer: Tokenizer, row: Rendered, joined: bool
-) -> tuple[list[str | int], list[tuple[int, int]]]:
+) -> tuple[list[_Plain | int], list[tuple[int, int]]]:
     """A row as ids of special tokens and the plain texts between them, and where its parts end.
 
     A part ends so many characters into a piece: (index of the piece, characters).
     """
     # Where a part ends is known in the text that was rendered, so with the marks in it.
-    pieces: list[str | int] = []
+    pieces: list[_Plain | int] = []
     marked_pieces: list[str] = []
     starts = [0]  # of each piece in the marked text, and then its end
-    for text in ["".join(row.parts)] if joined else row.parts:
+    has_other_start = tokenizer.continued is not tokenizer.backend
+    texts_of_parts = [(part,) if isinstance(part, str) else part for part in row.parts]
+    texts = [text for part in texts_of_parts for text in part]
+    for text in ["".join(texts)] if joined else texts:
         for index, piece in enumerate(tokenizer.pattern.split(text)):
             if piece == "":
                 continue
             is_special = index % 2 == 1  # split returns text, special, text, special, ..., text
-            pieces.append(tokenizer.specials[piece] if is_special else _unmarked(piece, row.mark))
+            if is_special:
+                pieces.append(tokenizer.specials[piece])
+            else:
+                follows_special = has_other_start and index > 0
+                pieces.append(_Plain(_unmarked(piece, row.mark), follows_special))
             marked_pieces.append(piece)
             starts.append(starts[-1] + len(piece))
 
     marked_pieces.append("")  # the last part ends no character into this one
     part_ends = []
-    for end in accumulate(len(part) for part in row.parts):
+    for end in accumulate(sum(map(len, part)) for part in texts_of_parts):
         index = bisect_right(starts, end) - 1
         before = marked_pieces[index][: end - starts[index]]
         part_ends.append((index, len(_unmarked(before, row.mark))))
@@ -223,6 +250,17 @@ def _load_backend(files: TokenizerFiles) -> tokenizers.Tokenizer:
     return backend
 
 
+def _continued(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+    """The tokenizer for texts that follow a special token: a copy, where it is another one."""
+    spaces = backend.pre_tokenizer
+    if not isinstance(spaces, pre_tokenizers.Metaspace) or spaces.prepend_scheme != "first":
+        return backend
+    copy = tokenizers.Tokenizer.from_str(backend.to_str())
+    copy.pre_tokenizer = pre_tokenizers.Metaspace(spaces.replacement, "never", spaces.split)
+    copy.encode_special_tokens = True  # the one property that is not part of the text
+    return copy
+
+
 def _check_named(folder: Path, named: Mapping[str, str], specials: Mapping[str, int]) -> None:
     """Raises RequestError if the tokens that start and end a document are not in the tokenizer."""
     problems = []
@@ -238,54 +276,19 @@ def _check_named(folder: Path, named: Mapping[str, str], specials: Mapping[str, 
         raise RequestError(problems)
 
 
-def _generation_stops(folder: Path) -> list[int]:
-    """The tokens that end an answer by generation_config.json, which may be one or a list."""
-    path = folder / "generation_config.json"
-    stops = (read_json(path) if path.is_file() else {}).get("eos_token_id") or []
-    if not isinstance(stops, list):
-        stops = [stops]
-    if not all(type(stop) is int for stop in stops):
-        raise RequestError([f"{path}: eos_token_id: not a number"])
-    return stops
-
-
 def _check_pieces(tokenizer: Tokenizer, path: Path) -> None:
     """Texts are encoded in pieces between special tokens; that must not change their tokens."""
     eos = tokenizer.named["eos_token"]
-    text = f"{eos}\n\nA b{eos} c{eos}"
-    ((found, _),) = encode(tokenizer, [Rendered([text])], joined=True)
+    texts = [f"{eos}\n\nA b{eos} c{eos}", f"A b{eos}c"]
+    found = [ids for ids, _ in encode(tokenizer, [Rendered([t]) for t in texts], joined=True)]
 
     tokenizer.backend.encode_special_tokens = False
-    expected = tokenizer.backend.encode(text, add_special_tokens=False).ids
+    expected = tokenizer.backend.encode_batch(texts, add_special_tokens=False)
     tokenizer.backend.encode_special_tokens = True
-    if found != expected:
+    if found != [encoding.ids for encoding in expected]:
         raise RequestError(
             [
                 f"{path}: not supported: this tokenizer encodes the start of a text differently "
                 "from the same words after a special token"
             ]
         )
-
-
-def _special_texts(config: Mapping[str, Any]) -> dict[str, str]:
-    """Special tokens by name, from "bos_token": "<s>" or "bos_token": {"content": "<s>", ...}."""
-    texts = {}
-    for name, value in config.items():
-        text = value.get("content") if isinstance(value, dict) else value
-        if name.endswith("_token") and isinstance(text, str):
-            texts[name] = text
-    return texts
-
-
-def _chat_template(files: TokenizerFiles, config: Mapping[str, Any]) -> str | None:
-    """chat_template.jinja, else chat_template of tokenizer_config.json: a string, or a list.
-
-    Of a list it is the entry named `default`; the others are for tools or retrieval.
-    """
-    if "chat_template.jinja" in files.contents:
-        return files.text("chat_template.jinja")
-    template = config.get("chat_template")
-    for entry in template if isinstance(template, list) else ():
-        if isinstance(entry, dict) and entry.get("name") == "default":
-            template = entry.get("template")
-    return template if isinstance(template, str) else None

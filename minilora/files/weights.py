@@ -242,7 +242,7 @@ def _shape_problems(
         if name not in expected:
             # A tied head may be stored although it equals the embedding; nothing of it is read.
             if name != "lm_head.weight" and not DERIVED.fullmatch(name):
-                yield f"{stored.file}: {name} is not part of a Llama of this config.json"
+                yield f"{stored.file}: {name} is not part of the model of this config.json"
         elif stored.shape != expected[name]:
             found, implied = list(stored.shape), list(expected[name])
             yield f"{stored.file}: {name} has shape {found}, config.json implies {implied}"

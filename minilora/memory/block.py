@@ -69,10 +69,26 @@ def saved_by_attention(job: MemoryJob) -> list[PerToken]:
         PerToken("queries, rotated", q, "rope.py rotate"),
         PerToken("keys, rotated", k, "rope.py rotate"),
         PerToken("values", k, "llama.py Attention: v_proj"),
+        *saved_by_head_norms(job),
         PerToken("attended", q, "attention.py causal_attention"),
         PerToken("log-sum-exp of each head", sums, "attention.py causal_attention"),
         PerToken("attended, documents joined", joined, "attention.py causal_attention: cat"),
         *saved_by_pairs(job, IN_ATTENTION),
+    ]
+
+
+def saved_by_head_norms(job: MemoryJob) -> list[PerToken]:
+    """What autograd saves of the norms of queries and keys, where a family has them (Qwen3)."""
+    if not job.shape.qk_norm:
+        return []
+    _, _, q, k = job.features
+    heads = job.shape.num_heads + job.shape.num_kv_heads
+    return [
+        PerToken("queries before their norm", q, "llama.py Attention: q_norm"),
+        PerToken("keys before their norm", k, "llama.py Attention: k_norm"),
+        PerToken(
+            "1 / rms of each head", heads * 4 // job.size, "llama.py Attention: q_norm, k_norm"
+        ),
     ]
 
 
@@ -147,6 +163,7 @@ def _forward(job: MemoryJob, saves: bool) -> list[Tensor]:
         PerToken("queries, rotated", q, "rope.py rotate"),
         PerToken("keys, rotated", k, "rope.py rotate"),
         PerToken("values", k, "llama.py Attention: v_proj"),
+        *saved_by_head_norms(job),
         PerToken("attended", q, "attention.py causal_attention"),
         # On a CPU. On a GPU this stands for the queries before their rotation.
         PerToken("attended, documents joined", q, "attention.py causal_attention: cat"),

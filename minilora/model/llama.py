@@ -1,4 +1,4 @@
-"""Llama 3, 3.1, 3.2 and 3.3 over a flat run of documents, with the parameter names of the files.
+"""Llama 3, Qwen2, Qwen3 or Mistral over a flat run of documents, parameters named as in the files.
 
 From below: linear layer and norm, attention and MLP, the block made of both, embedding and head,
 and the model. There is no batch axis and no padding: the documents of a span lie one after
@@ -64,11 +64,16 @@ class Attention(nn.Module):
         self.layer = layer
         self.head_dim = shape.head_dim
         sizes = shape.linear_shapes()
-        bias = shape.attention_bias
-        self.q_proj = Linear(*sizes["q_proj"], bias)
-        self.k_proj = Linear(*sizes["k_proj"], bias)
-        self.v_proj = Linear(*sizes["v_proj"], bias)
-        self.o_proj = Linear(*sizes["o_proj"], bias)
+        self.q_proj = Linear(*sizes["q_proj"], "q_proj" in shape.biased)
+        self.k_proj = Linear(*sizes["k_proj"], "k_proj" in shape.biased)
+        self.v_proj = Linear(*sizes["v_proj"], "v_proj" in shape.biased)
+        self.o_proj = Linear(*sizes["o_proj"], "o_proj" in shape.biased)
+        # Qwen3 norms each head by itself; the weight (E,) is the same for all heads.
+        self.q_norm: nn.Module = nn.Identity()
+        self.k_norm: nn.Module = nn.Identity()
+        if shape.qk_norm:
+            self.q_norm = RMSNorm(shape.head_dim, shape.rms_norm_eps)
+            self.k_norm = RMSNorm(shape.head_dim, shape.rms_norm_eps)
 
     def forward(self, x: Tensor, tile: Tile) -> Tensor:
         heads = (-1, self.head_dim)
@@ -76,8 +81,8 @@ class Attention(nn.Module):
         key = self.k_proj(x).unflatten(-1, heads)  # (N, K, E)
         value = self.v_proj(x).unflatten(-1, heads)  # (N, K, E)
 
-        query = rotate(query, tile.rotation)
-        key = rotate(key, tile.rotation)
+        query = rotate(self.q_norm(query), tile.rotation)
+        key = rotate(self.k_norm(key), tile.rotation)
         attended = tile.attend(self.layer, query, key, value)  # (N, H, E)
 
         output: Tensor = self.o_proj(attended.flatten(1))  # (N, D)
@@ -90,10 +95,9 @@ class MLP(nn.Module):
     def __init__(self, shape: LlamaShape) -> None:
         super().__init__()
         sizes = shape.linear_shapes()
-        bias = shape.mlp_bias
-        self.gate_proj = Linear(*sizes["gate_proj"], bias)
-        self.up_proj = Linear(*sizes["up_proj"], bias)
-        self.down_proj = Linear(*sizes["down_proj"], bias)
+        self.gate_proj = Linear(*sizes["gate_proj"], "gate_proj" in shape.biased)
+        self.up_proj = Linear(*sizes["up_proj"], "up_proj" in shape.biased)
+        self.down_proj = Linear(*sizes["down_proj"], "down_proj" in shape.biased)
 
     def forward(self, x: Tensor, piece: MlpPiece) -> Tensor:
         # Gate and up have no names here, so that their memory is free before the last product.

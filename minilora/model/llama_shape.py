@@ -1,4 +1,8 @@
-"""The sizes of a Llama, and what follows from them: arithmetic, without torch or files."""
+"""What a model is made of, and what follows from it: arithmetic, without torch or files.
+
+Llama 3, Qwen2, Qwen2.5, Qwen3 and Mistral are one model: their blocks differ in which linear layers
+have a bias, in whether queries and keys are normed, and in sizes. A `LlamaShape` says all of that.
+"""
 
 from __future__ import annotations
 
@@ -7,27 +11,34 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Rope:
-    """Rotary embedding: the base, and Llama 3.1's scaling of it where the file asks for that.
+    """Rotary embedding: the base, and how its frequencies are scaled for longer documents.
 
-    `factor`, `low_freq_factor`, `high_freq_factor` and `original_max_position` are the keys of
-    `rope_scaling` with `rope_type: llama3`; `factor` 1.0 means no scaling (Llama 3).
+    kind: the `rope_type` of config.json: default (no scaling), linear, llama3 or yarn.
+    factor, low_freq_factor, high_freq_factor, original_max_position: the keys of `rope_scaling`
+    with `rope_type: llama3`. For yarn the two in the middle are its `beta_slow` and `beta_fast`.
+    attention_factor: what yarn multiplies cos and sin with.
     """
 
     theta: float
+    kind: str = "default"
     factor: float = 1.0
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_position: int = 8192
+    attention_factor: float = 1.0
 
 
 @dataclass(frozen=True)
 class LlamaShape:
-    """The sizes of a Llama: everything that its parameters and its arithmetic depend on.
+    """Everything that a model's parameters and its arithmetic depend on.
 
     num_kv_heads: heads of keys and values, each shared by num_heads / num_kv_heads heads of
-    queries. tied: whether the head is the embedding table. max_positions: the longest document
-    that the checkpoint was trained for, in tokens, or None where config.json does not say. It
-    limits nothing here; longer documents get a warning.
+    queries. tied: whether the head is the embedding table. biased: the linear layers of a block
+    that have a bias, by their last names. qk_norm: whether each head of queries and of keys is
+    normed before it is rotated. max_positions: the longest document that the checkpoint was
+    trained for, in tokens, or None where config.json does not say. It limits nothing here; longer
+    documents get a warning. window: how many tokens attention sees, the token itself included, or
+    None for all before it. There is no code for windows: no document may be longer.
     """
 
     vocab_size: int
@@ -40,9 +51,10 @@ class LlamaShape:
     rms_norm_eps: float
     rope: Rope
     tied: bool = False
-    attention_bias: bool = False
-    mlp_bias: bool = False
+    biased: tuple[str, ...] = ()
+    qk_norm: bool = False
     max_positions: int | None = None
+    window: int | None = None
 
     @property
     def query_features(self) -> int:
@@ -102,15 +114,17 @@ class LlamaShape:
         shapes: dict[str, tuple[int, ...]] = {
             "model.embed_tokens.weight": (self.vocab_size, self.hidden_size)
         }
-        has_bias = {"self_attn": self.attention_bias, "mlp": self.mlp_bias}
         for layer in range(self.num_layers):
             prefix = f"model.layers.{layer}"
             shapes[f"{prefix}.input_layernorm.weight"] = (self.hidden_size,)
             for name, (rows, columns) in self.linear_shapes().items():
                 parent = _parent(name)
                 shapes[f"{prefix}.{parent}.{name}.weight"] = (rows, columns)
-                if has_bias[parent]:
+                if name in self.biased:
                     shapes[f"{prefix}.{parent}.{name}.bias"] = (rows,)
+            if self.qk_norm:
+                shapes[f"{prefix}.self_attn.q_norm.weight"] = (self.head_dim,)
+                shapes[f"{prefix}.self_attn.k_norm.weight"] = (self.head_dim,)
             shapes[f"{prefix}.post_attention_layernorm.weight"] = (self.hidden_size,)
 
         shapes["model.norm.weight"] = (self.hidden_size,)

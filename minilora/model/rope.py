@@ -1,4 +1,4 @@
-"""Rotary positions (Su et al. 2021, arXiv 2104.09864) with Llama 3.1's scaling.
+"""Rotary positions (Su et al. 2021, arXiv 2104.09864), and their scaling for long documents.
 
 Each head's E numbers are E / 2 pairs, and each pair is a point in a plane. The point is turned by
 an angle that grows with the position, fast for the first pairs and slowly for the last. So the
@@ -27,28 +27,53 @@ def rotation(
     frequencies = rope_frequencies(rope, head_dim).to(positions.device, non_blocking=True)
     angles = positions[:, None].float() * frequencies  # (N, E / 2)
     angles = torch.cat((angles, angles), -1).unsqueeze(1)  # (N, 1, E), the same for both halves
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    scale = rope.attention_factor
+    return (angles.cos() * scale).to(dtype), (angles.sin() * scale).to(dtype)
 
 
 def rope_frequencies(rope: Rope, head_dim: int) -> Tensor:
     """Angle per position of each pair of numbers, (E / 2,) fp32.
 
-    The scaling by wavelength is `apply_scaling` of llama-models, its constants from config.json.
+    Scaled are those of kind llama3 as by `apply_scaling` of llama-models, of kind yarn as by Peng
+    et al. 2023, arXiv 2309.00071, section 3.2; the constants are from config.json.
     """
     exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
     frequencies = 1.0 / rope.theta**exponents
-    if rope.factor == 1.0:
+    if rope.kind == "default":
         return frequencies
+    if rope.kind == "linear":
+        return frequencies / rope.factor
 
     # Pairs that turn high_freq_factor times or more within the original context tell tokens nearby
     # apart; they stay as they are (blend 1). Those that turn low_freq_factor times or less, which
     # is once, would come to angles that pretraining never had beyond that context; they are slowed
     # down by the factor (blend 0). Between the two it is a mixture.
-    wavelengths = 2 * math.pi / frequencies  # in positions
-    turns = rope.original_max_position / wavelengths
-    blend = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+    if rope.kind == "yarn":
+        blend = _yarn_blend(rope, head_dim)
+    else:
+        wavelengths = 2 * math.pi / frequencies  # in positions
+        turns = rope.original_max_position / wavelengths
+        blend = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
     blend = blend.clamp(0, 1)
     return (1 - blend) * frequencies / rope.factor + blend * frequencies
+
+
+def _yarn_blend(rope: Rope, head_dim: int) -> Tensor:
+    """How much of its own frequency each pair keeps, (E / 2,): a line over the pairs' numbers.
+
+    It falls from 1 at the pair that turns `beta_fast` times to 0 at the one that turns `beta_slow`
+    times. Both are whole numbers within a head, as in the authors' code and in transformers.
+    """
+
+    def pair_that_turns(times: float) -> float:
+        # Pair i turns original / (2 pi theta^(2 i / E)) times within the original context.
+        ratio = rope.original_max_position / (times * 2 * math.pi)
+        return head_dim * math.log(ratio) / (2 * math.log(rope.theta))
+
+    first = max(math.floor(pair_that_turns(rope.high_freq_factor)), 0)
+    last = min(math.ceil(pair_that_turns(rope.low_freq_factor)), head_dim - 1)
+    pairs = torch.arange(head_dim // 2, dtype=torch.float32)
+    return 1 - (pairs - first) / max(last - first, 0.001)
 
 
 def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:

@@ -39,6 +39,7 @@ REFUSED: Mapping[str, Refusal] = {
         ("dataloader_drop_last", OFF, "every row is used; remove the key"),
         ("do_predict predict_with_generate", OFF, "use minilora.generate after the training"),
         ("do_train", ON, "set it to true; minilora.generate answers, minilora.plan plans"),
+        ("enable_thinking", ON, "use template: qwen3_nothink, which adds no thoughts to answers"),
         ("evaluation_strategy", OFF, "the key is eval_strategy now"),
         ("finetuning_type", ("lora",), "set it to lora, the only kind trained here"),
         ("fp16 fp8", OFF, "use bf16: true"),
@@ -51,7 +52,7 @@ REFUSED: Mapping[str, Refusal] = {
         ("lr_scheduler_kwargs", OFF, "remove it; each schedule has its standard shape"),
         ("max_length max_seq_length", (), "set cutoff_len"),
         ("mix_strategy", ("concat",), "bring the datasets to the sizes you want, then list them"),
-        ("mixture_of_depths", OFF, "remove it; only plain Llama is trained"),
+        ("mixture_of_depths", OFF, "remove it; only dense models are trained"),
         ("neftune_noise_alpha", OFF, "remove it"),
         ("new_special_tokens_config", OFF, "use tokens that the tokenizer already has"),
         ("optim", ADAMW, "use adamw_torch, the only optimizer here"),
@@ -95,7 +96,7 @@ IGNORED = frozenset(
         "ddp_bucket_cap_mb ddp_find_unused_parameters ddp_static_graph fsdp_config",
         "placement_strategy resources_per_worker save_on_each_node",
         # How rows are read and become tokens.
-        "buffer_size cache_dir enable_thinking ignore_data_skip ignore_pad_token_for_loss",
+        "buffer_size cache_dir ignore_data_skip ignore_pad_token_for_loss",
         "label_names media_dir overwrite_cache remove_unused_columns reserved_label_len",
         "split_special_tokens trust_remote_code use_fast_tokenizer",
         # How validation is batched; which scores are written does not depend on it here.

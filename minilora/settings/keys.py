@@ -79,7 +79,7 @@ class DataSettings:
     dataset_dir: str = setting(
         "data", "Folder of dataset_info.json and of the files that it names.")
     template: str | None = setting(
-        None, "Chat template, such as llama3. Default: the one that came with the base model.")
+        None, "Chat template: llama3, qwen, qwen3 or mistral. Default: the base model's own.")
     default_system: str | None = setting(
         None, "System message of conversations that have none. Default: what the template says.")
     cutoff_len: int = setting(

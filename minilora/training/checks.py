@@ -22,6 +22,7 @@ from minilora.files.adapter import read_adapter
 from minilora.files.adapter_config import CONFIG, read_adapter_shape
 from minilora.files.deepspeed_file import Facts, read_deepspeed_files
 from minilora.files.model_config import ModelConfig, read_model_config
+from minilora.files.model_families import window_problem
 from minilora.files.output_folder import check_room
 from minilora.files.snapshot import find_snapshot
 from minilora.files.weights import Checkpoint, read_checkpoint
@@ -90,6 +91,7 @@ def check(settings: Settings) -> CheckedRequest:
             lora, start_adapter = _adapter(settings, config.shape)
         with _collecting(problems):
             kept_blocks(settings, config.shape)
+        problems += window_problem(config.shape, settings.data.cutoff_len, "cutoff_len")
 
     # Where the run writes, and what it resumes from.
     with _collecting(problems):

@@ -15,12 +15,19 @@ from tests.support.models import LLAMA3_ROPE, random_llama
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "qwen2"}, "only `llama`"),
+        ({"model_type": "gpt2"}, "it is not known; Llama 3"),
         ({"num_key_value_heads": 3}, "must divide 4 attention heads"),
         ({"hidden_size": "32"}, "hidden_size is '32'"),
-        ({"rope_scaling": {"rope_type": "yarn"}}, "rope_type is 'yarn'"),
+        ({"rope_scaling": {"rope_type": "longrope"}}, "rope_type is 'longrope'"),
+        ({"rope_scaling": {"rope_type": "yarn"}}, "factor is None"),
+        (
+            {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "mscale": 1.0}},
+            "mscale is 1.0: not known",
+        ),
+        ({"partial_rotary_factor": 0.5}, "only whole heads are rotated"),
+        ({"layer_types": ["full_attention", "linear_attention"]}, "only full_attention and"),
         ({"rope_scaling": {"type": "llama3"}}, "factor is None"),
-        ({"hidden_act": "gelu"}, "Llama uses `silu`"),
+        ({"hidden_act": "gelu"}, "only `silu` is known"),
         ({"head_dim": 7}, "even size"),
         ({"rms_norm_eps": 10**400}, "rms_norm_eps is 1000.*a positive number is needed"),
         ({"rms_norm_eps": True}, "rms_norm_eps is True: a positive number is needed"),
@@ -34,7 +41,7 @@ def test_a_config_of_another_model_is_refused(changes: dict[str, object], messag
 
 def test_all_that_is_wrong_is_said_at_once_with_the_files_name(tiny: Path, tmp_path: Path) -> None:
     config = json.loads((tiny / "config.json").read_text(encoding="utf-8"))
-    wrong = {"model_type": "qwen2", "head_dim": 7, "rope_scaling": {"rope_type": "yarn"}}
+    wrong = {"model_type": "gpt2", "head_dim": 7, "rope_scaling": {"rope_type": "dynamic"}}
     (tmp_path / "config.json").write_text(json.dumps({**config, **wrong}), encoding="utf-8")
     with pytest.raises(RequestError) as refused:
         read_model_config(tmp_path)

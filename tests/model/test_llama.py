@@ -6,16 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
-from transformers import LlamaForCausalLM
 
 from minilora.files.model_config import read_model_config
 from minilora.files.weights import TensorPart, read_checkpoint, read_parts
 from minilora.model.llama import Llama
-from minilora.model.lora import inject, lora_parameters
-from minilora.model.lora_shape import LoraShape
 from tests.support.models import ours, random_llama, tiles_of
-from tests.support.oracle import TARGETS, base_model, document_loss_sum, ours_to_peft, with_lora
+from tests.support.oracle import base_model
+from tests.support.peft_gradients import check_gradients, labelled_documents
 
 
 @pytest.mark.parametrize(
@@ -48,52 +45,11 @@ def test_logits_and_gradients_beyond_8192_positions() -> None:
     check_gradients(theirs, model, [(document, labels)], tiles_of(model, (8300,)))
 
 
-def check_gradients(
-    theirs: LlamaForCausalLM,
-    model: Llama,
-    documents: list[tuple[Tensor, Tensor]],
-    tiles: list,
-) -> None:
-    """Losses, logits and every LoRA gradient of ours equal PEFT's on the same random adapter."""
-    peft = with_lora(theirs, rank=4, alpha=12)
-    inject(model, LoraShape(4, 12, 0.0, TARGETS), seed=0)
-    generator = torch.Generator().manual_seed(1)
-    their_parameters = dict(peft.named_parameters())
-    for name, parameter in lora_parameters(model):
-        parameter.data = torch.randn(parameter.shape, generator=generator) * 0.2
-        their_parameters[ours_to_peft(name)].data.copy_(parameter.data)
-    token_ids = torch.cat([ids for ids, _ in documents])
-    labels = torch.cat([labels for _, labels in documents])
-    loss = model(token_ids, labels, tiles, scale=0.5)
-    loss.backward()
-    expected = sum(document_loss_sum(peft, *document) for document in documents) * 0.5
-    expected.backward()
-    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
-    names = [name for name, _ in lora_parameters(model)]
-    assert len(names) == 2 * 7 * model.shape.num_layers
-    for name, parameter in lora_parameters(model):
-        theirs_grad = their_parameters[ours_to_peft(name)].grad
-        assert theirs_grad.abs().max() > 1e-4, f"{name}: the comparison would show nothing"
-        scale = float(theirs_grad.abs().max())
-        torch.testing.assert_close(
-            parameter.grad, theirs_grad, rtol=1e-4, atol=2e-5 * scale, msg=lambda m, n=name: n + m
-        )
-    with torch.no_grad():
-        mine = model.logits(token_ids, tiles)
-        logits = torch.cat([peft(ids[None]).logits[0] for ids, _ in documents])
-    torch.testing.assert_close(mine, logits, rtol=1e-4, atol=2e-5 * float(logits.abs().max()))
-
-
 @pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": True}], ids=["plain", "tied"])
 def test_every_lora_gradient_equals_peft(changes: dict[str, object]) -> None:
     theirs = random_llama(**changes)
     model = ours(theirs)
-    documents = []
-    for length in (5, 40, 12, 3):
-        ids = torch.randint(0, 128, (length,))
-        labels = torch.cat([ids[1:], torch.tensor([-100])])
-        labels[: length // 3] = -100
-        documents.append((ids, labels))
+    documents = labelled_documents((5, 40, 12, 3))
     check_gradients(theirs, model, documents, tiles_of(model, (5,), (40, 12), (3,)))
 
 

@@ -41,6 +41,7 @@ def all_keys(node: dict[str, Any]) -> set[str]:
     ("config", "dataset_dir", "rows"),
     [
         ("llama31_8b_7x4090.yaml", "examples/data", 8),
+        ("qwen3_8b_7x4090.yaml", "examples/data", 8),
         ("demo/demo.yaml", "examples/demo", 24),
     ],
 )

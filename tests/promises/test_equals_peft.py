@@ -49,6 +49,11 @@ FAMILY: dict[str, tuple[str, dict[str, Any]]] = {
     "loraplus": ("dora", {"loraplus_lr_ratio": 8.0}),
 }
 FAMILY_STEPS = 5
+# Checkpoints of other families than Llama; of them ZeRO-0 and ZeRO-3 on 1, 2 and 3 ranks.
+OTHER_MODELS = ("qwen2", "qwen3", "mistral")
+OTHER_COMBINATIONS = [
+    (1, 12, 1, 0), (1, 3, 4, 3), (2, 6, 1, 0), (2, 2, 3, 3), (3, 4, 1, 0), (3, 2, 2, 3)
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -67,7 +72,7 @@ def expected(ground: Ground) -> Callable[[str, bool], Expected]:
         start, settings = FAMILY.get(name, (name, {}))
         job = ground.job(
             "oracle",
-            start if start in MODELS else "tiny",
+            start if start in (*MODELS, *OTHER_MODELS) else "tiny",
             packing=packing,
             per_device_train_batch_size=GLOBAL_ROWS,
             max_steps=FAMILY_STEPS if name in FAMILY else STEPS,
@@ -160,6 +165,16 @@ def parity_jobs(ground: Ground, launch: Callable[..., tuple[int, str]]) -> dict[
             deepspeed=str(stage_file(ground.folder, stage)),
             **settings,
         )
+    for combination, model in itertools.product(OTHER_COMBINATIONS, OTHER_MODELS):
+        ranks, batch, accumulation, stage = combination
+        jobs[combination, model, False] = ground.job(
+            "-".join(map(str, (*combination, model))),
+            model,
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=accumulation,
+            deepspeed=str(stage_file(ground.folder, stage)),
+            keep_weights=(ranks, stage) == (3, 3),
+        )
     for ranks in (1, 2, 3):
         run_jobs(launch, ranks, [job for key, job in jobs.items() if key[0][0] == ranks])
     return jobs
@@ -188,7 +203,18 @@ def test_training_equals_peft(
     check_run(parity_jobs[combination, model, packing], expected(model, packing))
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", OTHER_MODELS)
+@pytest.mark.parametrize("combination", OTHER_COMBINATIONS, ids=str)
+def test_other_families_train_as_in_peft(
+    combination: tuple[int, ...],
+    model: str,
+    parity_jobs: dict[Any, Any],
+    expected: Callable[[str, bool], Expected],
+) -> None:
+    check_run(parity_jobs[combination, model, False], expected(model, False))
+
+
+@pytest.mark.parametrize("model", [*MODELS, *OTHER_MODELS])
 def test_three_ranks_load_their_thirds_bit_for_bit(parity_jobs: dict[Any, Any], model: str) -> None:
     check_loading(parity_jobs[(3, 2, 2, 3), model, False], 3)
 

@@ -113,11 +113,11 @@ WEIGHTS: dict[str, tuple[Break, list[str]]] = {
     "model: endless name": (ask(model_name_or_path="x" * 5000), ["File name too long"]),
 }  # fmt: skip
 CONFIG: dict[str, tuple[Break, list[str]]] = {
-    "another model": (config(model_type="qwen2"), ["config.json: model_type", "only `llama`"]),
-    "another activation": (config(hidden_act="gelu"), ["hidden_act is 'gelu': Llama uses"]),
+    "another model": (config(model_type="gpt2"), ["config.json: model_type", "it is not known; "]),
+    "another activation": (config(hidden_act="gelu"), ["hidden_act is 'gelu': only `silu`"]),
     "layers without end": (config(num_hidden_layers=10**12), ["from 1 to 10000 is needed"]),
     "more layers": (config(num_hidden_layers=3), ["model.layers.2.input_layernorm.weight is miss"]),
-    "fewer layers": (config(num_hidden_layers=1), ["is not part of a Llama of this config.json"]),
+    "fewer layers": (config(num_hidden_layers=1), ["is not part of the model of this config"]),
     "greatest vocabulary": (config(vocab_size=10**30), ["vocab_size is 1000", "is needed"]),
     "another width": (config(hidden_size=64), ["has shape [512, 32], config.json implies [512, 64]",
                                               "... and 16 more"]),
@@ -127,7 +127,7 @@ CONFIG: dict[str, tuple[Break, list[str]]] = {
     "zero": (config(rms_norm_eps=0), ["rms_norm_eps is 0: a positive number is needed"]),
     "negative": (config(intermediate_size=-1), ["intermediate_size is -1"]),
     "text for a flag": (config(tie_word_embeddings="yes"), ["is 'yes': true or false is needed"]),
-    "other rope": (config(rope_scaling={"rope_type": "yarn"}), ["rope_type is 'yarn'", "llama3"]),
+    "other rope": (config(rope_scaling={"rope_type": "longrope"}), ["rope_type is 'longrope'"]),
     "not a number": (put("model/config.json", '{"rms_norm_eps": NaN}'), ["rms_norm_eps is nan"]),
     "endless digits": (put("model/config.json", f'{{"a": {BIG}}}'), ["not JSON that can be read"]),
     "endless depth": (put("model/config.json", "[" * 10**5), ["not JSON that can be read"]),

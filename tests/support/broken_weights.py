@@ -81,7 +81,7 @@ BROKEN: dict[str, tuple[Change, list[str]]] = {
     "no config": (remove("config.json"), ["config.json: no such file"]),
     "broken config": (write_config("{\n,}"), ["config.json:2: not JSON"]),
     "config is a list": (write_config("[]"), ["a JSON object is needed, not list"]),
-    "not a llama": (write_config('{"model_type": "gpt2"}'), ["only `llama`"]),
+    "not a llama": (write_config('{"model_type": "gpt2"}'), ["it is not known; Llama 3, Qwen2"]),
     "no weights": (remove(INDEX), ["no model.safetensors and no model.safetensors.index.json"]),
     "shard missing": (lose_a_shard, ["no such file", "download it again"]),
     "truncated": (truncate, ["not a whole safetensors file", "download it again"]),
@@ -110,5 +110,5 @@ BROKEN: dict[str, tuple[Change, list[str]]] = {
         replace_tensor(NORM, torch.zeros(32, dtype=torch.int8)),
         [NORM, "is I8; F32, BF16, F16 can be read"],
     ),
-    "surplus": (add_a_stranger, ["model.layers.2.x is not part of a Llama"]),
+    "surplus": (add_a_stranger, ["model.layers.2.x is not part of the model"]),
 }

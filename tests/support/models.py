@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
 
 from minilora.files.model_config import shape_from_config
 from minilora.model.llama import Llama
@@ -26,7 +26,24 @@ TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 LENGTHS = (7, 20, 5, 11, 3)  # the documents of `batch`
 
 
+# What each family's config.json says in these tests beside the sizes.
+FAMILIES: dict[str, dict[str, object]] = {
+    "llama": {},
+    "qwen2": {"rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0}},
+    "qwen3": {"rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0}},
+    "mistral": {
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
+        "sliding_window": None,
+    },
+}
+
+
 def random_llama(**changes: object) -> LlamaForCausalLM:
+    return random_model("llama", **changes)
+
+
+def random_model(model_type: str, **changes: object) -> PreTrainedModel:
+    """A model of two blocks as transformers makes it, no number of it zero or one."""
     sizes = {
         "vocab_size": 128,
         "hidden_size": 32,
@@ -41,13 +58,14 @@ def random_llama(**changes: object) -> LlamaForCausalLM:
         "tie_word_embeddings": False,
     }
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**{**sizes, **changes}))
+    config = AutoConfig.for_model(model_type, **{**sizes, **FAMILIES[model_type], **changes})
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
     for parameter in model.parameters():  # norms and biases too must not be trivial
         parameter.data.add_(torch.randn_like(parameter) * 0.1)
     return model
 
 
-def ours(theirs: LlamaForCausalLM, keep_blocks: int = 0) -> Llama:
+def ours(theirs: PreTrainedModel, keep_blocks: int = 0) -> Llama:
     """Our model with the weights of theirs."""
     shape = shape_from_config(theirs.config.to_dict())
     model = Llama(shape, keep_blocks)

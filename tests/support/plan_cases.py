@@ -28,6 +28,7 @@ CASES: dict[int, list[dict[str, Any]]] = {
         {"deepspeed": "zero0", "use_dora": True},
         {"deepspeed": "zero0", "use_dora": True, "keep_blocks": 4},
         {"deepspeed": "zero0", "additional_target": WHOLE},
+        {"deepspeed": "zero0", "keep_blocks": 4, "model_type": "qwen3"},
     ],
     2: [
         {"deepspeed": "zero3"},
@@ -42,6 +43,7 @@ CASES: dict[int, list[dict[str, Any]]] = {
         {"deepspeed": "zero2", "additional_target": WHOLE, "gather_tokens": 512},
         {"deepspeed": "zero3", "keep_blocks": 2, "gather_tokens": 512},
         {"deepspeed": "zero3", "keep_blocks": 1, "offload_activations": True},
+        {"deepspeed": "zero3", "keep_blocks": 2, "model_type": "qwen3"},
     ],
     3: [
         {"deepspeed": "zero3", "packing": True, "gather_tokens": 512},

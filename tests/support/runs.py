@@ -38,7 +38,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Ground:
-    """What all runs start from: two checkpoints, their start adapters, one dataset."""
+    """What all runs start from: checkpoints, their start adapters, one dataset."""
 
     models: dict[str, Path]
     adapters: dict[str, Path]
@@ -146,7 +146,8 @@ def make_ground(folder: Path, models: dict[str, Path]) -> Ground:
     generator = torch.Generator().manual_seed(9)
     plain = [(name, name, {}) for name in models]
     family = [(name, "tiny", fields) for name, fields in VARIANTS.items() if "tiny" in models]
-    for name, model, fields in (*plain, *family):
+    # The order says which random numbers each adapter gets.
+    for name, model, fields in (*plain[:2], *family, *plain[2:]):
         shape = read_model_config(models[model]).shape
         lora = variant_shape(shape, fields)
         tensors = {
