@@ -61,7 +61,8 @@ def launch() -> Launch:
     ) -> tuple[int, str]:
         """Start `arguments` (a script and its arguments, or -m and a module) on world_size ranks.
 
-        with_: torchrun, deepspeed (its launcher) or python (one process without a launcher).
+        with_: torchrun, deepspeed (its launcher), minilora (`minilora train`, so DeepSpeed's too)
+        or python (one process without a launcher).
         Returns the exit code and stdout with stderr; fails the test after `timeout` seconds.
         """
         command = command_line(with_, world_size, [str(part) for part in arguments])

@@ -56,7 +56,7 @@ class Launched:
 
 
 ENDS = {
-    "deepspeed": ("deepspeed", "launcher", -signal.SIGTERM),
+    "minilora train": ("minilora", "launcher", -signal.SIGTERM),
     "deepspeed, a rank": ("deepspeed", "rank", 128 + signal.SIGTERM),
     "torchrun": ("torchrun", "launcher", 1),
     "nobody reads": ("python", "launcher", 128 + signal.SIGTERM),
