@@ -6,7 +6,6 @@ import json
 import re
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -152,12 +151,11 @@ def test_nothing_fits_on_too_small_a_card(plan: Plan) -> None:
     assert "nothing fits" in output
 
 
-def test_no_torch_no_gpu_no_weights_and_soon() -> None:
+def test_no_torch_no_gpu_no_weights() -> None:
+    """So the plan comes soon: what takes long is importing torch."""
     check = "import sys; from minilora.plan import main; main(sys.argv[1:]); "
     check += "assert not {'torch', 'deepspeed', 'numpy'} & {*sys.modules}"
-    started = time.monotonic()
     subprocess.run([sys.executable, "-c", check, *ARTICLE], cwd=ROOT, check=True)
-    assert time.monotonic() - started < 4  # 0.9 s on a machine with nothing else to do
 
 
 @pytest.mark.parametrize(

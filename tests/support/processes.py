@@ -13,6 +13,9 @@ SMALL = TinyShape(
 )
 
 
+# How long a process that hangs is waited for, however busy the machine is.
+HANGING_SECONDS = 1800
+
 Launch = Callable[..., tuple[int, str]]
 
 
