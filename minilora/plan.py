@@ -12,7 +12,7 @@ from dataclasses import replace
 from itertools import groupby
 
 from minilora.files.deepspeed_file import Facts, read_deepspeed_files
-from minilora.files.model_config import read_model_config
+from minilora.files.model_config import ModelConfig, read_model_config
 from minilora.memory.job import MemoryJob
 from minilora.memory.peak import GIB, Budget
 from minilora.memory.ways import (
@@ -27,11 +27,13 @@ from minilora.memory.ways import (
     ways,
 )
 from minilora.memory.zero3_gathers import Zero
+from minilora.model.lora_shape import LoraShape
 from minilora.report.curves import drawing, new_figure
 from minilora.settings.command_line import read_options
 from minilora.settings.errors import RequestError, exit_code
 from minilora.settings.settings import Settings
 from minilora.settings.terminal import Lasting
+from minilora.training.advice import Amounts, advice
 
 # A card sold with 24 GB has 24 x 2^30 bytes, of which the driver keeps a part: torch reports
 # 23.64 GiB for an RTX 4090, and 79.1 GiB for an H100 of 80 GB.
@@ -64,7 +66,8 @@ def _run(own: argparse.Namespace, settings: Settings) -> int:
     wrong = [key for key in ("num_gpus", "gpu_memory", "link_gbps") if not getattr(own, key) > 0]
     if wrong:
         raise RequestError([f"--{key} must be above 0" for key in wrong])
-    shape = read_model_config(settings.base).shape
+    config = read_model_config(settings.base)
+    shape = config.shape
     facts = Facts(own.num_gpus, shape.hidden_size, settings.train.computes_in_bf16(on_gpu=True))
     ds_configs = read_deepspeed_files(settings.train, facts)
     asked, files = asked_way(settings, shape, ds_configs, own.num_gpus, on_gpu=True)
@@ -80,6 +83,7 @@ def _run(own: argparse.Namespace, settings: Settings) -> int:
         *_kept(settings, asked, limit),
         *_comparison(found, limit, own),
         *_longest(setup, files, limit),
+        *_advice(config, setup.adapter, settings, own.num_gpus),
         sep="\n",
     )
     if spare < 0:
@@ -159,6 +163,14 @@ def _longest(setup: MemoryJob, files: Mapping[str, Zero], limit: int) -> Iterato
         ways = [replace(setup, zero=zero), replace(setup, zero=zero, offload_activations=True)]
         here, away = (longest_document(way, limit) for way in ways)
         yield f"  {file:<16}{here:>10,}{f'({away:,})' * (setup.keep_blocks == 0):>12}"
+
+
+def _advice(config: ModelConfig, lora: LoraShape, settings: Settings, ranks: int) -> Iterator[str]:
+    """A line on the learning rate and the step, after an empty one; none where all is usual."""
+    train = settings.train
+    rows = train.per_device_train_batch_size * train.gradient_accumulation_steps * ranks
+    lines = advice(config.values["model_type"], config.shape, lora, train, Amounts(rows))
+    yield from ["", *lines] if lines else []
 
 
 def _plot(path: str, found: Sequence[Way], limit: int) -> None:

@@ -38,18 +38,21 @@ def all_keys(node: dict[str, Any]) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    ("config", "dataset_dir", "rows"),
+    ("config", "dataset_dir", "rows", "held_out"),
     [
-        ("llama31_8b_7x4090.yaml", "examples/data", 8),
-        ("demo/demo.yaml", "examples/demo", 24),
+        ("llama31_8b_7x4090.yaml", "examples/data", 8, 0),
+        ("recommended.yaml", "examples/data", 8, 1),
+        ("demo/demo.yaml", "examples/demo", 24, 0),
     ],
 )
-def test_examples_need_no_change(tiny: Path, config: str, dataset_dir: str, rows: int) -> None:
+def test_examples_need_no_change(
+    tiny: Path, config: str, dataset_dir: str, rows: int, held_out: int
+) -> None:
     path = str(ROOT / "examples" / config)
     assert read_settings([path], "train").data.dataset_dir == dataset_dir
     there = ["--model_name_or_path", str(tiny), "--dataset_dir", str(ROOT / dataset_dir)]
     prepared = prepared_of(read_settings([path, *there], "train"))
-    assert prepared.summary.startswith(f"{rows} rows used, 0 dropped; {rows} documents")
+    assert prepared.summary.startswith(f"{rows} rows used, 0 dropped; {rows - held_out} doc")
 
 
 def test_the_7x4090_example_is_the_job_as_it_was_posted() -> None:
