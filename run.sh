@@ -71,32 +71,9 @@ keep_caches_here() {
     [[ -n ${PIP_CACHE_DIR:-} ]] || export PIP_NO_CACHE_DIR=1 # one copy of CUDA is enough
 }
 
-count_gpus() {
-    if command -v nvidia-smi >/dev/null && nvidia-smi --list-gpus >/dev/null 2>&1; then
-        "$venv/bin/python" -c 'import torch; print(torch.cuda.device_count())'
-    else
-        echo 0
-    fi
-}
-
-# Run minilora.train with these arguments on so many GPUs, or CPU processes where there is no GPU.
-# No number: on every GPU, or in one CPU process.
+# Train with these arguments: on every GPU, or on the CPU where there is none.
 launch() {
-    local processes=$1 gpus port flags=()
-    shift
-    gpus=$(count_gpus)
-    if [[ $gpus == 0 ]]; then
-        flags=(--num_gpus "${processes:-1}")
-        export DS_ACCELERATOR="${DS_ACCELERATOR:-cpu}" OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-        # Some virtual machines announce AMX and then kill the process that uses it.
-        export ONEDNN_MAX_CPU_ISA="${ONEDNN_MAX_CPU_ISA:-AVX512_CORE}"
-    elif [[ -z ${CUDA_VISIBLE_DEVICES:-} ]] && ((gpus > ${processes:-$gpus})); then
-        flags=(--num_gpus "$processes") # this makes the launcher ignore CUDA_VISIBLE_DEVICES
-    fi
-    port=$("$venv/bin/python" -c \
-        'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
-    exec "$venv/bin/python" -m deepspeed.launcher.runner --quiet --master_port "$port" \
-        ${flags[@]+"${flags[@]}"} --module minilora.train "$@"
+    exec "$venv/bin/python" -m minilora train "$@"
 }
 
 ask() {
@@ -105,12 +82,14 @@ ask() {
 }
 
 demo() {
-    local question="What is minilora?"
+    local question="What is minilora?" processes=2 gpus
     cd "$here"
+    gpus=$("$venv/bin/python" -c 'from minilora.launch import count_gpus; print(count_gpus())')
+    [[ $gpus != 1 ]] || processes=1
     "$venv/bin/python" -m minilora.tiny outputs/tiny
     echo "Before the training: $question"
     ask
-    (launch 2 examples/demo/demo.yaml)
+    (launch --num_gpus "$processes" examples/demo/demo.yaml)
     echo "After the training: $question"
     ask --adapter_name_or_path outputs/demo
     echo
@@ -133,7 +112,7 @@ demo)
     ;;
 train)
     install plot
-    launch "" "$@"
+    launch "$@"
     ;;
 test)
     install test

@@ -12,7 +12,7 @@ from dataclasses import replace
 from itertools import groupby
 
 from minilora.files.deepspeed_file import Facts, read_deepspeed_files
-from minilora.files.model_config import read_model_config
+from minilora.files.model_config import ModelConfig, read_model_config
 from minilora.files.model_families import window_problem
 from minilora.memory.job import MemoryJob
 from minilora.memory.peak import GIB, PeakMemory
@@ -29,11 +29,13 @@ from minilora.memory.ways import (
     ways,
 )
 from minilora.memory.zero3_gathers import Zero
+from minilora.model.lora_shape import LoraShape
 from minilora.report.curves import drawing, new_figure
 from minilora.settings.command_line import read_options
 from minilora.settings.errors import RequestError, exit_code
 from minilora.settings.settings import Settings
 from minilora.settings.terminal import Lasting
+from minilora.training.advice import Amounts, advice
 
 # A card sold with 24 GB has 24 x 2^30 bytes, of which the driver keeps a part: torch reports
 # 23.64 GiB for an RTX 4090, and 79.1 GiB for an H100 of 80 GB.
@@ -68,7 +70,8 @@ def _run(own: argparse.Namespace, settings: Settings) -> int:
         raise RequestError([f"--{key} must be above 0" for key in wrong])
 
     # What is asked for, and what a GPU has.
-    shape = read_model_config(settings.base).shape
+    config = read_model_config(settings.base)
+    shape = config.shape
     if problems := window_problem(shape, settings.data.cutoff_len, "cutoff_len"):
         raise RequestError(problems)
     facts = Facts(own.num_gpus, shape.hidden_size, settings.train.computes_in_bf16(on_gpu=True))
@@ -96,6 +99,8 @@ def _run(own: argparse.Namespace, settings: Settings) -> int:
     compared = ways(asked, files)
     print("", *_comparison(compared, limit, own), sep="\n")
     print("", *_longest(asked.job, files, limit), sep="\n")
+    for line in _advice(config, asked.job.adapter, settings, own.num_gpus):
+        print(line)
     if not fits:
         print("", *_nearest(asked, files, limit), sep="\n")
     if own.plot:
@@ -207,6 +212,15 @@ def _nearest(asked: Way, files: Mapping[str, Zero], limit: int) -> Iterator[str]
     yield "nearest settings that fit:" if fitting else "nothing fits, whatever is set"
     for way in fitting:
         yield f"  {way.peak.total / GIB:6.2f} GiB  {', '.join(way.changes(asked))}"
+
+
+def _advice(config: ModelConfig, lora: LoraShape, settings: Settings, ranks: int) -> Iterator[str]:
+    """A line on the learning rate and the step, after an empty one; none where all is usual."""
+    train = settings.train
+    rows = train.per_device_train_batch_size * train.gradient_accumulation_steps * ranks
+    lines = advice(config.values["model_type"], config.shape, lora, train, Amounts(rows))
+    if lines:
+        yield from ["", *lines]
 
 
 def _plot(path: str, compared: Sequence[Way], limit: int) -> None:

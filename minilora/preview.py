@@ -20,11 +20,13 @@ from minilora.data.schedule import Schedule
 from minilora.data.steps import Place, TileLimits, build_step
 from minilora.files.model_config import read_model_config
 from minilora.files.model_families import window_problem
+from minilora.model.lora_shape import LoraShape
 from minilora.report.curves import drawing, label, new_figure
 from minilora.settings.command_line import read_options
 from minilora.settings.errors import RequestError, exit_code
 from minilora.settings.settings import Settings
 from minilora.settings.terminal import Lasting
+from minilora.training.advice import Amounts, advice
 
 # The histogram of document lengths: a line per range of lengths, and a bar in each.
 MOST_LINES = 12
@@ -48,9 +50,11 @@ def run(own: argparse.Namespace, settings: Settings) -> None:
     for notice in settings.notices:
         print(notice, file=sys.stderr)
 
-    shape = read_model_config(settings.base).shape
+    config = read_model_config(settings.base)
+    shape = config.shape
     if problems := window_problem(shape, settings.data.cutoff_len, "cutoff_len"):
         raise RequestError(problems)
+    lora = LoraShape.of(settings.method, shape)
     prepared = prepare(settings, shape, colour=False)
     documents = prepared.documents
     for sample in samples(prepared, own.samples, sys.stdout.isatty()):
@@ -58,6 +62,11 @@ def run(own: argparse.Namespace, settings: Settings) -> None:
     print(prepared.summary, end="\n\n")
     print(*histogram(documents.lengths), sep="\n", end="\n\n")
     print(*steps(documents, settings, own.num_gpus, shape.break_even_length), sep="\n")
+
+    schedule = Schedule.of(documents.lengths, settings, own.num_gpus, shape.break_even_length)
+    amounts = Amounts.of(documents, schedule)
+    for line in advice(config.values["model_type"], shape, lora, settings.train, amounts):
+        print(line)
 
     if own.plot:
         with drawing("--plot", own.plot):

@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from minilora.tiny.checkpoint import TinyShape, write_tiny
-from tests.support.processes import SMALL, Launch, command_line
+from tests.support.processes import HANGING_SECONDS, SMALL, Launch, command_line
 from tests.support.runs import Ground, make_ground
 
 
@@ -56,13 +56,15 @@ def launch() -> Launch:
         arguments: Sequence[str | Path],
         *,
         with_: str = "torchrun",
-        timeout: float = 120,
+        timeout: float = HANGING_SECONDS,
         env: dict[str, str] | None = None,
     ) -> tuple[int, str]:
         """Start `arguments` (a script and its arguments, or -m and a module) on world_size ranks.
 
-        with_: torchrun, deepspeed (its launcher) or python (one process without a launcher).
-        Returns the exit code and stdout with stderr; fails the test after `timeout` seconds.
+        with_: torchrun, deepspeed (its launcher), minilora (`minilora train`, so DeepSpeed's too)
+        or python (one process without a launcher).
+        Returns the exit code and stdout with stderr. What is still running after `timeout` seconds
+        hangs, and fails the test; no run that is all right comes near them.
         """
         command = command_line(with_, world_size, [str(part) for part in arguments])
         process = subprocess.Popen(

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypeVar
@@ -163,8 +164,11 @@ class LoraShape:
 
         for key, pattern, compiled in patterns:
             try:
-                re.compile(compiled)
-            except (re.error, RecursionError, OverflowError) as error:
+                # Python 3.10 only warns of what later ones refuse, such as (?i) inside a pattern.
+                with warnings.catch_warnings():
+                    warnings.simplefilter("error", DeprecationWarning)
+                    re.compile(compiled)
+            except (re.error, RecursionError, OverflowError, DeprecationWarning) as error:
                 yield key, f"{pattern!r} is no regular expression: {error}"
 
     def _unmatched_patterns(self, model: LlamaShape) -> Iterator[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from minilora.memory.measured import expand_segments
+from minilora.processes.ports import free_port
 from minilora.processes.watch import Watch, this_process
 from minilora.settings.errors import RequestError, RunError
 from minilora.settings.settings import TrainSettings
@@ -125,13 +125,7 @@ def _pretend_a_launcher_of_one() -> None:
     os.environ["LOCAL_RANK"] = "0"
     os.environ["WORLD_SIZE"] = "1"
     os.environ["MASTER_ADDR"] = "127.0.0.1"
-    os.environ["MASTER_PORT"] = str(_free_port())
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    os.environ["MASTER_PORT"] = str(free_port())
 
 
 def _check_bf16_of_the_gpu() -> None:

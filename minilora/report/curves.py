@@ -104,7 +104,7 @@ def drawing(option: str, path: str | Path) -> Iterator[None]:
     try:
         yield
     except ImportError:
-        raise RequestError([f"{option} needs matplotlib: pip install 'minilora[plot]'"]) from None
+        raise RequestError([f"{option} needs matplotlib: pip install matplotlib"]) from None
     except ValueError as error:
         raise RequestError([f"{option}: {path}: {error}"]) from None
 

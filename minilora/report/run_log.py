@@ -204,7 +204,7 @@ class Report:
             try:
                 draw_loss(self._folder)
             except ImportError:
-                self.message(f"{PICTURE} is not drawn: pip install 'minilora[plot]'")
+                self.message(f"{PICTURE} is not drawn: pip install matplotlib")
 
     def _write_line_of_steps(self, record: StepRecord) -> None:
         """Write a log line of the steps since the last one, of which `record` is the last."""

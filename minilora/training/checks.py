@@ -44,11 +44,13 @@ class CheckedRequest:
     """A request in which nothing was found wrong, with all that was read to find out.
 
     settings: what the user asked for, never changed by what the run decides
+    model_type: the base's family, as config.json names it
     start_adapter: the tensors of the adapter to continue, by parameter name; empty for a new one
     ds_configs: DeepSpeed files that could serve, resolved, by name; the asked one is the first
     """
 
     settings: Settings
+    model_type: str
     checkpoint: Checkpoint
     lora: LoraShape
     start_adapter: Mapping[str, Tensor]
@@ -111,10 +113,11 @@ def check(settings: Settings) -> CheckedRequest:
     if train.memory_snapshot and not torch.cuda.is_available():
         problems.append("memory_snapshot: torch notes a GPU's memory, and there is none; remove it")
 
-    if problems or checkpoint is None or lora is None:
+    if problems or config is None or checkpoint is None or lora is None:
         problems += _data_problems(settings, has_config=config is not None)
         raise RequestError(problems)
-    return CheckedRequest(settings, checkpoint, lora, start_adapter, ds_configs)
+    model_type = config.values["model_type"]
+    return CheckedRequest(settings, model_type, checkpoint, lora, start_adapter, ds_configs)
 
 
 def _data_problems(settings: Settings, has_config: bool) -> list[str]:

@@ -11,6 +11,7 @@ from itertools import chain
 import torch
 
 from minilora import __version__
+from minilora.data.documents import Documents
 from minilora.data.schedule import Schedule
 from minilora.data.steps import TileLimits
 from minilora.files.output_folder import claimed
@@ -23,6 +24,7 @@ from minilora.processes.world import World
 from minilora.report.run_log import Report, Totals
 from minilora.settings.errors import RunError
 from minilora.settings.settings import Settings
+from minilora.training.advice import Amounts, advice
 from minilora.training.checks import CheckedRequest, check
 from minilora.training.engine import Engine
 from minilora.training.job import Job
@@ -85,6 +87,7 @@ def run_in(world: World, request: CheckedRequest, times: StartupTimes) -> None:
     forecast = foresee(world, asked, files, request.lora, schedule, settings.keeps_what_fits)
     decided = forecast.decided.job
     tell(world, settings.notices, notes, forecast.opening(settings.train.strict_plan))
+    tell(world, advice_on(request, documents, world.size))
 
     with forecast.explaining(world.rank, settings.train):
         engine = Engine(world, request.recipe(decided.keep_blocks), times)
@@ -134,10 +137,22 @@ def about(state: State, world: World, engine: Engine, settings: Settings) -> Sta
     return replace(state, about=info)
 
 
+def advice_on(request: CheckedRequest, documents: Documents, ranks: int) -> Iterator[str]:
+    """A line on the learning rate, the step and the rank, where there is something to say.
+
+    A generator, because only rank 0 asks for the line, which takes a look at all documents.
+    """
+    settings, shape = request.settings, request.checkpoint.shape
+    schedule = Schedule.of(documents.lengths, settings, ranks, shape.break_even_length)
+    amounts = Amounts.of(documents, schedule)
+    yield from advice(request.model_type, shape, request.lora, settings.train, amounts)
+
+
 def tell(world: World, *groups: Iterable[str]) -> None:
     """Rank 0 prints the lines of all groups."""
     if world.rank == 0:
-        print(*chain(*groups), sep="\n", file=sys.stderr, flush=True)
+        for line in chain(*groups):
+            print(line, file=sys.stderr, flush=True)
 
 
 def resumes_from(start: StartingPoint, schedule: Schedule) -> str:

@@ -77,4 +77,4 @@ def test_without_matplotlib_it_says_what_to_install(
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)  # as if not installed
     assert main([str(write_log(tmp_path / "one", [log_line(1)]))]) == 2
-    assert "pip install 'minilora[plot]'" in capsys.readouterr().err
+    assert "pip install matplotlib" in capsys.readouterr().err

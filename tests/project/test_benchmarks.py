@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from argparse import Namespace
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -23,14 +24,14 @@ def test_losses_and_gradients_agree_and_every_step_is_timed(tmp_path: Path) -> N
     command = [sys.executable, "-m", "benchmarks.speed", "--device", "cpu", "--size", "tiny"]
     command += ["--timed", "2", "--out", str(tmp_path / "new"), "--groups", "skewed", "one-of-7"]
     command += ["--only", "minilora-zero3-skewed", "minilora-zero3-packed", "minilora-1-of-7"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "minilora-zero3-skewed: loss " in done.stderr
     head, *lines = map(
         json.loads,
         (tmp_path / "new" / "speed-cpu-tiny-skewed-one-of-7.json").read_text().splitlines(),
     )
-    assert head["torch"] == torch.__version__
+    assert head["torch"] == version("torch")
     found = {line["variant"]: line for line in lines}
     assert list(found) == ["trainer-zero3-skewed", "minilora-zero3-skewed", "minilora-zero3-packed",
                            "trainer-1-of-7", "minilora-1-of-7"]  # fmt: skip
@@ -47,7 +48,7 @@ def test_the_gpu_command_runs_on_a_cpu(tmp_path: Path) -> None:
     """Its parts in their order, a line each as it comes, the table last."""
     command = [sys.executable, "-m", "benchmarks.gpu", "--device", "cpu", "--size", "tiny"]
     command += ["--first", "2", "--out", str(tmp_path / "rows.jsonl")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
     printed = done.stdout.splitlines()
@@ -70,7 +71,7 @@ def test_the_next_block_is_gathered_while_one_computes() -> None:
     """
     for words, blocks in ([], 3), (["--no_prefetch"], 0):
         command = [sys.executable, "-m", "benchmarks.overlap", *words]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         found = json.loads(done.stdout.splitlines()[-1])
         assert found["of"] == 3

@@ -59,6 +59,8 @@ def test_every_command_is_understood(path: Path) -> None:
         f"./run.sh train {EXAMPLE} --lora_ranks 3",
         "./run.sh train examples/nowhere.yaml",
         "./run.sh fly",
+        "minilora fly",
+        f"minilora train {EXAMPLE} --cards 7",
         "python -m minilora.merge --model_name_or_path DIR --adapter_name_or_path DIR",
         "python -m minilora.generate --model_name_or_path DIR --prompt a --tempo 1",
         f"python -m minilora.plan {EXAMPLE} --cards 7",

@@ -43,6 +43,16 @@ def test_the_wheel_holds_the_deepspeed_files(wheel: Path) -> None:
 
 
 @pytest.mark.slow
+def test_the_wheel_has_the_command_and_says_that_it_is_typed(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as opened:
+        names = opened.namelist()
+        (entries,) = [name for name in names if name.endswith("entry_points.txt")]
+        written = opened.read(entries).decode()
+    assert "minilora/py.typed" in names
+    assert written.split() == "[console_scripts] minilora = minilora.__main__:main".split()
+
+
+@pytest.mark.slow
 def test_an_installed_package_finds_its_files_from_any_folder(wheel: Path, tmp_path: Path) -> None:
     installed = tmp_path / "installed"
     with zipfile.ZipFile(wheel) as opened:

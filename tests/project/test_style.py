@@ -57,7 +57,7 @@ def module_of(path: Path) -> str:
 def floor_of(module: str) -> int:
     """The floor of a module of the package; `minilora` itself lies on the ground."""
     inner = module.split(".")[1:2]
-    if not inner or inner[0].startswith("__"):
+    if not inner or inner[0] == "__version__":
         return 0
     return FLOORS.get(inner[0], COMMANDS)
 

@@ -30,7 +30,14 @@ from minilora.training.engine import MOMENTS
 from tests.support.fault_cases import Results, case, fault, run_cases
 from tests.support.runs import Ground, stage_file
 
-PATIENCE = 4  # ddp_timeout of the cases that wait for it
+# ddp_timeout of the cases that wait for it: longer than ranks of a busy machine keep each other
+# waiting.
+PATIENCE = 10
+
+# In so many seconds after a fault all ranks have ended, also on a busy machine. A rank that nobody
+# ends would take ddp_timeout, half an hour, or sleep for SLEEP seconds.
+SECONDS = 100
+SLEEP = 600
 
 
 def great_adapter(ground: Ground) -> Path:
@@ -69,8 +76,8 @@ def cases(ground: Ground, tmpfs: Callable[[str], Path | None]) -> list[dict[str,
         case(ground, "slow", fault("tokenising", f"sleep {PATIENCE + 2}"),
              fault("save", f"sleep {PATIENCE + 2}"), **impatient, save_steps=6,
              link_seconds=PATIENCE),
-        case(ground, "hanging", fault("step", "sleep 14", (1,), 4), **impatient),
-        case(ground, "no link", fault("links", "sleep 30", (1,)), link_seconds=2),
+        case(ground, "hanging", fault("step", f"sleep {SLEEP}", (1,), 4), **impatient),
+        case(ground, "no link", fault("links", f"sleep {SLEEP}", (1,)), link_seconds=2),
         case(ground, "asked", fault("step", "echo; SIGTERM", (1,), 3)),
         case(ground, "first asked", fault("loading", "SIGTERM", (0,))),
         case(ground, "asked early", fault("tokenising", "SIGINT"), ranks=1),
@@ -100,29 +107,28 @@ def results(ground: Ground, tmpfs: Callable[[str], Path | None]) -> Results:
     return run_cases(cases(ground, tmpfs), ground.folder / "faults.json")
 
 
-# Case -> exit code of each rank, seconds in which they end on a busy machine, words of the one
-# message, and the snapshot that must be whole.
-ENDS: dict[str, tuple[list[int], float, str, int | None]] = {
-    "killed": ([1, -9, 1], 15, "rank 1 (process # ) has ended; the last snapshot is", 2),
-    "first killed": ([-9, 1], 15, "rank 0 (process # ) has ended; the last snapshot is", 2),
-    "killed loading": ([1, -9, 1], 15, "rank 1 (process # ) has ended; there is no snapshot", None),
-    "raising": ([1, 1], 15, "rank 1 (process # ) has ended; the last snapshot is", 2),
-    "stopped": ([1, -9], 15 + PATIENCE, "rank 1 (process # ) is stopped; the last snapshot is", 2),
-    "stopped saving": ([-9, 1], 15 + PATIENCE, "rank 0 (process # ) is stopped; the last", 2),
-    "hanging": ([1, 1], 40, "the ranks lost touch: Timed out waiting 4000ms", 2),
-    "no link": ([1, 1], 45, "could not add up 1 MB in 2 s: on GPUs without peer-to-peer (RTX 4090)"
+# Case -> exit code of each rank, words of the one message, and the snapshot that must be whole.
+ENDS: dict[str, tuple[list[int], str, int | None]] = {
+    "killed": ([1, -9, 1], "rank 1 (process # ) has ended; the last snapshot is", 2),
+    "first killed": ([-9, 1], "rank 0 (process # ) has ended; the last snapshot is", 2),
+    "killed loading": ([1, -9, 1], "rank 1 (process # ) has ended; there is no snapshot", None),
+    "raising": ([1, 1], "rank 1 (process # ) has ended; the last snapshot is", 2),
+    "stopped": ([1, -9], "rank 1 (process # ) is stopped; the last snapshot is", 2),
+    "stopped saving": ([-9, 1], "rank 0 (process # ) is stopped; the last", 2),
+    "hanging": ([1, 1], f"the ranks lost touch: Timed out waiting {PATIENCE}000ms", 2),
+    "no link": ([1, 1], "could not add up 1 MB in 2 s: on GPUs without peer-to-peer (RTX 4090)"
                 " set NCCL_P2P_DISABLE=1", None),
-    "asked": ([143, 143], 15, "SIGTERM: stopped after step 4; the last snapshot is", 4),
-    "asked early": ([130], 5, "SIGINT: stopped outside the steps; there is no snapshot", None),
-    "asked loading": ([143, 143], 15, "SIGTERM: stopped outside the steps; there is no", None),
-    "first asked": ([143, 1], 15, "SIGTERM: stopped outside the steps; there is no", None),
-    "asked twice": ([-15, 1], 15, "rank 0 (process # ) has ended; the last snapshot is", 2),
-    "moved": ([1], 5, "trainer_log.jsonl cannot be written: No such file or directory", None),
-    "snapshot spoilt": ([1], 5, "checkpoint-4/adapter_model.safetensors: base_model.model.", None),
-    "adapter spoilt": ([1], 5, "adapter_model.safetensors: base_model.model.", None),
-    "still": ([1], 1e10, "14 of the adapter's matrices never moved from zero, model.", None),
-    "full": ([1, 1], 15, "/out cannot be written: No space left on device; the last", 2),
-    "read-only": ([1, 1], 15, "cannot be written: Read-only file system", 2),
+    "asked": ([143, 143], "SIGTERM: stopped after step 4; the last snapshot is", 4),
+    "asked early": ([130], "SIGINT: stopped outside the steps; there is no snapshot", None),
+    "asked loading": ([143, 143], "SIGTERM: stopped outside the steps; there is no", None),
+    "first asked": ([143, 1], "SIGTERM: stopped outside the steps; there is no", None),
+    "asked twice": ([-15, 1], "rank 0 (process # ) has ended; the last snapshot is", 2),
+    "moved": ([1], "trainer_log.jsonl cannot be written: No such file or directory", None),
+    "snapshot spoilt": ([1], "checkpoint-4/adapter_model.safetensors: base_model.model.", None),
+    "adapter spoilt": ([1], "adapter_model.safetensors: base_model.model.", None),
+    "still": ([1], "14 of the adapter's matrices never moved from zero, model.", None),
+    "full": ([1, 1], "/out cannot be written: No space left on device; the last", 2),
+    "read-only": ([1, 1], "cannot be written: Read-only file system", 2),
 }  # fmt: skip
 
 
@@ -147,12 +153,13 @@ def check_whole(folder: Path) -> None:
 
 @pytest.mark.parametrize("name", ENDS)
 def test_a_fault_ends_the_run_in_seconds_and_is_named(name: str, results: Results) -> None:
-    codes, seconds, words, step = ENDS[name]
+    codes, words, step = ENDS[name]
     if name not in results:
         pytest.skip("mounting a file system needs root")
     result = results[name]
     assert result["codes"] == codes, result
-    assert max(result["seconds"]) < seconds
+    if name != "still":  # nothing is injected there, from which seconds would count
+        assert max(result["seconds"]) < SECONDS
     assert words in only_message(result)
     assert ("Traceback" in "".join(result["outputs"])) == (name == "raising")
     assert not result["left"], "tokens of a run that is over"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import struct
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -39,7 +38,6 @@ from tests.support.wrong import (
 )
 from tests.support.wrong_data import DATA, DEEPSPEED
 
-SECONDS = 15  # for any refusal on a busy machine; the slowest waits 3 s for a template
 INDEX = "model/model.safetensors.index.json"
 
 
@@ -212,12 +210,10 @@ def request_(tiny: Path, tmp_path: Path) -> Request:
 def test_a_wrong_request_is_refused_by_name(name: str, request_: Request) -> None:
     change, words = CASES[name]
     change(request_)
-    start = time.monotonic()
     problems = request_.problems()
     text = "\n".join(problems)
     assert text and all(word in text for word in words), text
     assert len(problems) < 9, "more than anybody reads"
-    assert time.monotonic() - start < SECONDS
 
 
 def test_a_sound_request_is_not_refused(request_: Request) -> None:

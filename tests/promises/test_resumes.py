@@ -134,7 +134,7 @@ def test_kill_9_at_any_moment_loses_nothing(ground: Ground) -> None:
         listed = ground.folder / f"kills-{name}.json"
         listed.write_text(json.dumps(run), encoding="utf-8")
         words = [sys.executable, str(KILLS), str(listed), str(count), "5"]
-        done = subprocess.run(words, capture_output=True, text=True, timeout=200)
+        done = subprocess.run(words, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
         lines[name] = [json.loads(line) for line in done.stdout.splitlines() if line[0] == "{"]
     assert [line["code"] for line in lines["whole"]] == [0]

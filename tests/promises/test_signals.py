@@ -17,13 +17,10 @@ import psutil
 import pytest
 
 from minilora.files.snapshot import PREFIX, read_state
-from tests.support.processes import command_line
+from tests.support.processes import HANGING_SECONDS, command_line
 from tests.support.runs import Ground, log, stage_file
 
 pytestmark = pytest.mark.slow
-
-# How long a run that hangs is waited for; no run that is all right comes near it.
-HANGING_SECONDS = 600
 
 
 def parents() -> dict[int, int]:
@@ -56,7 +53,7 @@ class Launched:
 
 
 ENDS = {
-    "deepspeed": ("deepspeed", "launcher", -signal.SIGTERM),
+    "minilora train": ("minilora", "launcher", -signal.SIGTERM),
     "deepspeed, a rank": ("deepspeed", "rank", 128 + signal.SIGTERM),
     "torchrun": ("torchrun", "launcher", 1),
     "nobody reads": ("python", "launcher", 128 + signal.SIGTERM),

@@ -240,6 +240,6 @@ def test_without_matplotlib(
     with Report(settings(tmp_path), 1, True) as report:
         run(report, 1, 1)
         report.finish()
-    assert "training_loss.png is not drawn: pip install 'minilora[plot]'" in capfd.readouterr().err
+    assert "training_loss.png is not drawn: pip install matplotlib" in capfd.readouterr().err
     assert (tmp_path / "train_results.json").exists()
     assert not (tmp_path / "training_loss.png").exists()

@@ -25,7 +25,7 @@ BROKEN_FILES = {
     "a: \x07\n": ("run.yaml", "not YAML"),
     "a: " + "[" * 5000: ("run.yaml", "nested too deeply"),
     " ": ("run.json", "run.json:1: not JSON"),
-    '{\n"a": 1,\n}': ("run.json", "run.json:3: not JSON"),
+    '{\n"a": 1\n"b"}': ("run.json", "run.json:3: not JSON"),
     "[1]": ("run.json", "run.json: not settings"),
     '{"a":' + "[" * 200000: ("run.json", "nested too deeply"),
 }

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from minilora.__main__ import COMMANDS
 from minilora.settings.command_line import read_settings
 from minilora.settings.errors import RequestError
 
@@ -23,7 +24,7 @@ SETTINGS = [ROOT / "docs" / "settings.md", ROOT / "docs" / f"settings{CHINESE}"]
 CONTRIBUTING = ROOT / "CONTRIBUTING.md"
 DOCS = [*READMES, CONTRIBUTING, *sorted((ROOT / "docs").glob("*.md"))]
 SHELL = ("", "sh", "bash")
-COMMAND = re.compile(r"(\w+=\S+ )*(\./run\.sh|deepspeed|torchrun|hf|python) .*")
+COMMAND = re.compile(r"(\w+=\S+ )*(\./run\.sh|minilora|deepspeed|torchrun|hf|python) .*")
 
 
 def text_of(path: Path) -> str:
@@ -81,8 +82,11 @@ def parse(program: str, words: list[str]) -> None:
     match program, words:
         case ("run.sh", []) | ("run.sh", ["test", *_]):
             pass
-        case "run.sh", ["train", *rest]:
-            parse_module("minilora.train", rest)
+        case (("run.sh" | "minilora"), ["train", *rest]):
+            launching = importlib.import_module("minilora.launch")._parser()
+            parse_module("minilora.train", launching.parse_known_args(rest)[1])
+        case "minilora", [command, *rest] if command in COMMANDS:
+            parse_module(COMMANDS[command][0], rest)
         case "deepspeed", _:
             runner = importlib.import_module("deepspeed.launcher.runner")
             args = runner.parse_args(words)
@@ -119,6 +123,8 @@ def parse_module(module: str, words: list[str]) -> None:
             read_settings(parser_of(module).parse_known_args(words)[1], command)
         case "generate" | "merge" | "plot":
             parser_of(module).parse_args(words)
+        case "tiny":
+            assert len(words) == 1, words
         case (
             "benchmarks.speed"
             | "benchmarks.memory"

@@ -30,6 +30,8 @@ from minilora.processes import world
 from minilora.report import run_log
 from minilora.training import engine, milestones, shared_documents
 
+# How long a case that hangs is waited for, however busy the machine is.
+HANGING_SECONDS = 1800
 AT_ONCE = 4  # cases; most of their time is waiting
 # Moments that a fault can be put before: where the function is looked up, and its name.
 MOMENTS: dict[str, tuple[Any, str]] = {
@@ -134,7 +136,7 @@ class Running:
         ranks = range(case["ranks"])
         self.ranks = [start_rank(case, rank, port, self.folder) for rank in ranks]
         self.ends: dict[int, tuple[int, float]] = {}
-        self.deadline = time.monotonic() + case.get("limit", 60)
+        self.deadline = time.monotonic() + HANGING_SECONDS
 
     def is_over(self) -> bool:
         """Reap; what hangs too long is killed, and so are stopped ranks once the others ended."""

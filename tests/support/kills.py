@@ -2,9 +2,9 @@
 
 python tests/support/kills.py JOB.json KILLS SEED
 
-Imports are paid once; each attempt is a fork that trains as `minilora.train` does. Those that are
-going to be killed save slowly: kills fall into saves, and no attempt gets further than two steps.
-Prints a line of JSON per attempt.
+Imports are paid once; each attempt is a fork that trains as `minilora.train` does. It is killed
+at a change that it is about to make in its folder: the first, the second, ... or the MOST-th, by
+the dice. So no kill depends on how fast the machine is. Prints a line of JSON per attempt.
 """
 
 from __future__ import annotations
@@ -14,33 +14,44 @@ import os
 import random
 import signal
 import sys
-import time
 from pathlib import Path
+from typing import Any
 
 import minilora.training.run  # noqa: F401 (torch and DeepSpeed, once and not in each attempt)
 from minilora import train
 
-LONGEST = 2.5  # seconds until an attempt is killed; a second of them is the start
-PAUSE = 0.1  # seconds before each of the nine files of a snapshot is flushed
+# Python announces these before it does them. Files of other folders do not count.
+CHANGES = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir")
+WRITES = os.O_WRONLY | os.O_RDWR
+# The changes of two steps with a snapshot each, 18 and 18, so that no attempt gets further.
+MOST = 36
 
 
-def attempt(words: list[str], kill_after: float | None) -> tuple[int, float]:
-    """Train in a child; kill it after some seconds unless it ends before. Returns its status."""
-    started = time.monotonic()
+def kill_at(count: int, folder: str) -> None:
+    """Kill this process when it is about to make the count-th change in the folder."""
+    left = [count]
+
+    def before(event: str, arguments: tuple[Any, ...]) -> None:
+        if event not in CHANGES or (event == "open" and not arguments[2] & WRITES):
+            return
+        path = arguments[0]
+        if isinstance(path, str | os.PathLike) and os.fspath(path).startswith(folder):
+            left[0] -= 1
+            if left[0] == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(before)
+
+
+def attempt(words: list[str], kill: int | None, folder: str) -> int:
+    """Train in a child, which is killed at its `kill`-th change. Returns its exit code."""
     child = os.fork()
     if child == 0:
-        sync, pause = os.fsync, 0.0 if kill_after is None else PAUSE
-        os.fsync = lambda handle: (time.sleep(pause), sync(handle))[1]  # type: ignore[assignment]
+        if kill is not None:
+            kill_at(kill, folder)
         train.leave(train.main(words))
-    while True:
-        ended, status = os.waitpid(child, os.WNOHANG)
-        elapsed = time.monotonic() - started
-        if ended:
-            return os.waitstatus_to_exitcode(status), elapsed
-        if kill_after is not None and elapsed > kill_after:
-            os.kill(child, signal.SIGKILL)
-            kill_after = None
-        time.sleep(0.002)
+    _, status = os.waitpid(child, 0)
+    return os.waitstatus_to_exitcode(status)
 
 
 def main() -> None:
@@ -48,10 +59,10 @@ def main() -> None:
     words = [f"--{key}={value}" for key, value in job.items()]
     kills, dice = int(sys.argv[2]), random.Random(int(sys.argv[3]))
     while True:
-        kill_after = dice.uniform(0.2, 1.0) * LONGEST if kills > 0 else None
-        code, elapsed = attempt(words, kill_after)
+        kill = dice.randint(1, MOST) if kills > 0 else None
+        code = attempt(words, kill, job["output_dir"])
         kept = sorted(path.name for path in Path(job["output_dir"]).glob("checkpoint-*"))
-        print(json.dumps({"code": code, "seconds": elapsed, "kept": kept}), flush=True)
+        print(json.dumps({"code": code, "kill": kill, "kept": kept}), flush=True)
         if code == 0:
             return
         assert code == -signal.SIGKILL, code

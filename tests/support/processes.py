@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import socket
 import sys
 from collections.abc import Callable
 
+from minilora.processes.ports import free_port
 from minilora.tiny.checkpoint import TinyShape
 
 SMALL = TinyShape(
@@ -13,14 +13,10 @@ SMALL = TinyShape(
 )
 
 
+# How long a process that hangs is waited for, however busy the machine is.
+HANGING_SECONDS = 1800
+
 Launch = Callable[..., tuple[int, str]]
-
-
-def free_port() -> int:
-    """A TCP port that nobody listened on a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def command_line(launcher: str, world_size: int, arguments: list[str]) -> list[str]:
@@ -28,6 +24,10 @@ def command_line(launcher: str, world_size: int, arguments: list[str]) -> list[s
     if launcher == "python":
         assert world_size == 1, "python starts one process"
         return [sys.executable, *arguments]
+    if launcher == "minilora":
+        assert arguments[:2] == ["-m", "minilora.train"], "it starts nothing else"
+        command = [sys.executable, "-m", "minilora", "train", f"--num_gpus={world_size}"]
+        return [*command, *arguments[2:]]
     port = free_port()
     if launcher == "deepspeed":
         if arguments[0] == "-m":

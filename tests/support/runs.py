@@ -84,7 +84,7 @@ def run_jobs(launch: Callable[..., tuple[int, str]], ranks: int, jobs: list[dict
     """Run the jobs in one set of processes; returns what they printed."""
     listed = Path(jobs[0]["output_dir"]).parent / f"jobs-{ranks}-{len(jobs)}.json"
     listed.write_text(json.dumps(jobs), encoding="utf-8")
-    code, output = launch(ranks, [JOBS, listed], timeout=240)
+    code, output = launch(ranks, [JOBS, listed])
     assert code == 0, output
     return output
 
