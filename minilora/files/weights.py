@@ -10,7 +10,6 @@ them together read each byte once. At lower stages every rank keeps whole tensor
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -24,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from minilora.files.model_config import ModelConfig
+from minilora.files.weights_digest import WeightsDigest
 from minilora.model.llama_shape import LlamaShape
 from minilora.settings.errors import RequestError, shortened
 from minilora.settings.text_files import read_json
@@ -106,9 +106,12 @@ def read_checkpoint(config: ModelConfig) -> Checkpoint:
     return Checkpoint(folder, config.shape, {name: tensors[name] for name in expected})
 
 
-def read_parts(checkpoint: Checkpoint, parts: Iterable[TensorPart]) -> int:
+def read_parts(
+    checkpoint: Checkpoint, parts: Iterable[TensorPart], digest: WeightsDigest | None = None
+) -> int:
     """Read each part from its file into its destination, converting the dtype.
 
+    digest: counts each part as it lies in the file.
     Returns the number of bytes read. Host memory beside the destinations: the size of the largest
     part. Raises RequestError if a file ended early or a weight is not finite.
     """
@@ -131,16 +134,11 @@ def read_parts(checkpoint: Checkpoint, parts: Iterable[TensorPart]) -> int:
             # infinite if any is. Asking isfinite() of all numbers takes a hundred times as long.
             if not torch.stack(torch.aminmax(numbers)).isfinite().all():
                 raise RequestError([f"{stored.file}: {part.name} holds NaN or infinite weights"])
+            if digest is not None:
+                digest.add(part.name, part.start, numbers)
             part.destination.copy_(numbers)
             bytes_read += size
     return bytes_read
-
-
-def fingerprint(checkpoint: Checkpoint) -> str:
-    """A digest that tells checkpoints apart: of the final norm, which every fine-tuning changes."""
-    norm = torch.empty(checkpoint.shape.hidden_size)
-    read_parts(checkpoint, [TensorPart("model.norm.weight", 0, norm)])
-    return hashlib.sha256(norm.numpy().tobytes()).hexdigest()
 
 
 def _weight_files(folder: Path) -> tuple[dict[Path, set[str] | None], list[str]]:
