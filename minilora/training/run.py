@@ -17,8 +17,10 @@ from minilora.data.tokenizer_files import TokenizerFiles
 from minilora.files.deepspeed_file import zero_stage
 from minilora.files.output_folder import claimed
 from minilora.files.snapshot import delete_drafts, last_snapshot
+from minilora.files.weights import check_tied_head
 from minilora.memory.in_a_run import Forecast, OutOfMemory, foresee
 from minilora.memory.measured import is_out_of_memory, read_memory
+from minilora.processes.launcher import check_launcher
 from minilora.processes.signals import Stopped
 from minilora.processes.startup_times import StartupTimes
 from minilora.processes.world import World
@@ -42,6 +44,7 @@ def run(settings: Settings) -> None:
     """
     times = StartupTimes()
     times.finished("imports")
+    check_launcher()
     request = check(settings)
     times.finished("checks")
 
@@ -81,6 +84,8 @@ def run_in(world: World, request: CheckedRequest, times: StartupTimes) -> None:
     documents, validation, base, notes = shared_documents(world, settings, shape)
     info = about(world, request, base)
     with world.agreed():
+        if world.rank == 0:
+            check_tied_head(request.checkpoint)
         start = starting_point(request, documents, validation, info)
     done = (start.state.step, start.state.rows)
     schedule = Schedule.of(documents.lengths, settings, world.size, shape.break_even_length, done)
