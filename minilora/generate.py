@@ -20,7 +20,13 @@ from minilora.data.tokenizer import load_tokenizer
 from minilora.files.adapter import read_adapter
 from minilora.files.adapter_config import read_adapter_shape
 from minilora.files.model_config import read_model_config
-from minilora.files.weights import Checkpoint, TensorPart, read_checkpoint, read_parts
+from minilora.files.weights import (
+    Checkpoint,
+    TensorPart,
+    check_tied_head,
+    read_checkpoint,
+    read_parts,
+)
 from minilora.memory.measured import free_memory
 from minilora.model.build import NewAdapter, build_model
 from minilora.model.decode import Sampling, generate
@@ -58,6 +64,7 @@ def run(args: argparse.Namespace) -> None:
         raise RequestError(problems)
 
     checkpoint = read_checkpoint(read_model_config(args.model_name_or_path))
+    check_tied_head(checkpoint)
     tokenizer = load_tokenizer(args.model_name_or_path)
     template = make_template(args.template, tokenizer, args.system)
     shape = checkpoint.shape

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from minilora.files.merging import Update, clashes, export_adapter, export_merged, read_updates
 from minilora.files.model_config import read_model_config
-from minilora.files.weights import read_checkpoint
+from minilora.files.weights import check_tied_head, read_checkpoint
 from minilora.settings.errors import RequestError, exit_code
 
 
@@ -27,6 +27,7 @@ def run(args: argparse.Namespace) -> None:
     happens while writing.
     """
     checkpoint = read_checkpoint(read_model_config(args.model_name_or_path))
+    check_tied_head(checkpoint)
     adapters = [Path(name) for name in args.adapter_name_or_path.split(",")]
 
     problems = _folder_problems(args.export_dir)

@@ -47,7 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _is_rank0() -> bool:
-    return os.environ.get("RANK", "0") == "0"
+    """Whether this process speaks for all. One that no launcher started speaks for itself."""
+    return os.environ.get("RANK", "0") == "0" or "MASTER_ADDR" not in os.environ
 
 
 def _refuse(code: int, problems: Sequence[str]) -> int:

@@ -6,9 +6,11 @@ with what was trained.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -126,9 +128,24 @@ def write_atomically(path: Path, content: bytes) -> None:
     Raises OSError.
     """
     temporary = path.with_name(f"{path.name}.tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        # A rename may reach the disk before the content does, unless the content is there already.
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            # A rename may reach the disk before the content does, unless that is there already.
+            _sync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        # On a full disk half a file would take the room that others need.
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+
+
+def _sync(handle: int) -> None:
+    """Flush a file to the disk. Raises OSError, but not where the file system has no such call."""
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
+            raise

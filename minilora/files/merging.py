@@ -37,7 +37,6 @@ from minilora.files.weights import INDEX, SINGLE, Checkpoint, StoredTensor
 from minilora.model.llama_shape import LlamaShape
 from minilora.model.lora_shape import MAGNITUDE, WHOLE, LoraShape
 from minilora.settings.errors import RequestError, RunError
-from minilora.settings.text_files import read_json
 
 CHUNK = 2**22  # how many bytes of a file are in memory at a time
 # What is not copied from the base's folder: weights in any format, and other adapters.
@@ -156,29 +155,21 @@ def export_merged(checkpoint: Checkpoint, updates: Updates, folder: Path) -> Non
     Raises RunError if a merged weight is not finite, or a file does not read back as written.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".partial-", dir=folder) as name:
+    with tempfile.TemporaryDirectory(
+        prefix=".partial-", dir=folder, ignore_cleanup_errors=True
+    ) as name:
         partial = Path(name)
         for path in sorted(checkpoint.folder.iterdir()):
-            if path.is_file() and not NOT_COPIED.fullmatch(path.name):
+            # An index beside a single file names the shards of another model.
+            stale = path.name == INDEX and checkpoint.files == (checkpoint.folder / SINGLE,)
+            if path.is_file() and not stale and not NOT_COPIED.fullmatch(path.name):
                 shutil.copyfile(path, partial / path.name)
-        for file in _weight_files(checkpoint):
+        for file in checkpoint.files:
             _write_checked(partial / file.name, _merged_file(file, checkpoint, updates))
 
         # A folder with a config.json counts as a model, so this file is moved when all others are.
         for path in sorted(partial.iterdir(), key=lambda path: path.name == "config.json"):
             os.replace(path, folder / path.name)
-
-
-def _weight_files(checkpoint: Checkpoint) -> list[Path]:
-    """All weight files of a checkpoint.
-
-    The index may name a file of which the model uses nothing, such as one with a tied head.
-    """
-    index = checkpoint.folder / INDEX
-    if not index.exists():
-        return [checkpoint.folder / SINGLE]
-    names = set(read_json(index)["weight_map"].values())
-    return [checkpoint.folder / name for name in sorted(names)]
 
 
 def _merged_file(file: Path, checkpoint: Checkpoint, updates: Updates) -> Iterator[bytes]:

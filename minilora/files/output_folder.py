@@ -24,10 +24,11 @@ SNAPSHOTS = 3
 ADAPTERS_IN_A_SNAPSHOT = 4
 
 
-def check_room(output: Path, adapter_bytes: int) -> None:
+def check_room(output: Path, adapter_bytes: int, reclaimed: int = 0) -> None:
     """Raise RequestError unless output_dir can be written and has room for a few snapshots.
 
-    adapter_bytes: the size of the trained parameters in fp32.
+    adapter_bytes: the size of the trained parameters in fp32. reclaimed: how many bytes the run
+    will free there before it writes.
     """
     # The folder need not be there yet; then the lowest folder above it that is there counts.
     there = next(folder for folder in (output, *output.absolute().parents) if folder.exists())
@@ -36,7 +37,7 @@ def check_room(output: Path, adapter_bytes: int) -> None:
     if not os.access(there, os.W_OK | os.X_OK):
         raise RequestError([f"output_dir: {there} cannot be written; name another folder"])
 
-    free = shutil.disk_usage(there).free
+    free = shutil.disk_usage(there).free + reclaimed
     needed = SNAPSHOTS * ADAPTERS_IN_A_SNAPSHOT * adapter_bytes
     if free < needed:
         raise RequestError(

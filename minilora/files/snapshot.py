@@ -8,12 +8,15 @@ partitioned over the ranks that wrote them plays no part.
 
 from __future__ import annotations
 
+import errno
+import itertools
 import json
 import math
 import os
 import shutil
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar, get_origin, get_type_hints
@@ -31,8 +34,11 @@ from minilora.settings.text_files import read_json
 STATE = "snapshot.json"
 TENSORS = "snapshot.safetensors"
 PREFIX = "checkpoint-"
-# Ends the name of a folder while it is being written.
+# Ends the name of a folder while it is being written, and while it is being deleted.
 DRAFT = ".draft"
+# What fsync of a folder may say that ends a run. With any other error only a power cut could still
+# undo the renaming: many network file systems cannot flush a folder, and say EINVAL or ENOTSUP.
+DISK_ERRORS = (errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 Record = TypeVar("Record")
 
@@ -46,7 +52,8 @@ class State:
     log_totals: the sums that the log is computed from (report.run_log.Totals), so that it goes on
     as if the run had not been interrupted; empty before the first step.
     must_match: what the run that resumes must have in common with the one that wrote this, by
-    name: settings of the optimizer, the adapter's shape, fingerprints of base weights and data.
+    name: settings of the optimizer, the adapter's shape, digests of base weights and data
+    (training.same_run).
     about: what may change from one run to the next, for people who read the file: ranks, stage,
     settings, versions. `written` is the time of writing, in seconds since 1970.
     best: the best validation so far (training.best_model.Best); empty before the first.
@@ -82,39 +89,76 @@ def write_snapshot(
     final = snapshot_folder(output, state.step)
     draft = final.with_name(final.name + DRAFT)
     shutil.rmtree(draft, ignore_errors=True)
-    write_adapter(draft, adapter, lora, base)
-    if moments:
-        write_atomically(draft / TENSORS, save({**adapter, **moments}, {"format": "pt"}))
-        dated = replace(state, about={**state.about, "written": time.time()})
-        write_atomically(draft / STATE, (json.dumps(asdict(dated), indent=2) + "\n").encode())
+    try:
+        write_adapter(draft, adapter, lora, base)
+        if moments:
+            write_atomically(draft / TENSORS, save({**adapter, **moments}, {"format": "pt"}))
+            dated = replace(state, about={**state.about, "written": time.time()})
+            write_atomically(draft / STATE, (json.dumps(asdict(dated), indent=2) + "\n").encode())
 
-    # An earlier run in this folder may have left a snapshot of the same step.
-    shutil.rmtree(final, ignore_errors=True)
-    os.replace(draft, final)
-    _sync(output)
+        # An earlier run in this folder may have left a snapshot of the same step.
+        if final.exists():
+            shutil.rmtree(_set_aside(final), ignore_errors=True)
+        os.replace(draft, final)
+    except OSError:
+        # On a full disk half a snapshot would take the room that others need.
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
     return final
 
 
-def prune(output: Path, keep: int | None, newest: Path, best: Path | None = None) -> None:
+def prune(output: Path, keep: int | None, newest: Path, best: Path | None = None) -> list[str]:
     """Delete the oldest snapshots, so that `keep` are left, and drafts that killed runs have left.
 
     keep: None for all. newest: the snapshot just written. best: the one with the best validation,
     as an absolute path. These two stay even where `keep` is 1, as in the HF Trainer.
+    Returns warnings: nothing of the run is lost when an old folder cannot be deleted, or when the
+    file system cannot flush a folder. Raises OSError for a disk that is broken or full.
     """
-    for draft in output.glob(f"{PREFIX}*{DRAFT}"):
-        shutil.rmtree(draft)
-    if keep is None:
-        return
+    # Before anything is deleted, the name of what replaces it has to be on the disk.
+    warnings = _sync(output)
 
     # Numbers beyond the newest's were left by an earlier run in this folder: older than all others.
     found = _snapshots(output)
-    end = found.index(newest) + 1
-    oldest_first = found[end:] + found[:end]
-
+    oldest_first = [folder for folder in found if _step_of(folder) > _step_of(newest)]
+    oldest_first += [folder for folder in found if folder not in oldest_first]
     may_go = [folder for folder in oldest_first if folder != newest and folder.resolve() != best]
-    surplus = len(found) - keep
-    for folder in may_go[: max(surplus, 0)]:
-        shutil.rmtree(folder)
+    surplus = 0 if keep is None else max(len(found) - keep, 0)
+
+    # A folder that is half deleted must not look like a snapshot, so it becomes a draft first.
+    for folder in may_go[:surplus]:
+        try:
+            _set_aside(folder)
+        except FileNotFoundError:
+            continue  # gone already, which is all that was wanted
+        except OSError as error:
+            warnings.append(_cannot_delete(folder, error))
+    return warnings + delete_drafts(output)
+
+
+def delete_drafts(output: Path) -> list[str]:
+    """Delete what runs left that ended while they wrote or deleted a snapshot.
+
+    Returns a warning for each that cannot be deleted; nothing ever resumes from one.
+    """
+    warnings = []
+    for draft in _drafts(output):
+        try:
+            shutil.rmtree(draft)
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            warnings.append(_cannot_delete(draft, error))
+    return warnings
+
+
+def draft_bytes(output: Path) -> int:
+    """How much room `delete_drafts` will make."""
+    total = 0
+    for draft in _drafts(output):
+        with suppress(OSError):  # another process may be deleting it
+            total += sum(file.stat().st_size for file in draft.iterdir())
+    return total
 
 
 def last_snapshot(output: Path) -> str:
@@ -215,23 +259,6 @@ def read_tensors(folder: Path, expected: Mapping[str, tuple[int, ...]]) -> dict[
     return held
 
 
-def differences(state: State, must_match: Mapping[str, Any], folder: Path) -> list[str]:
-    """A problem for each thing in which a run differs from the snapshot that it is to resume from.
-
-    must_match: of the run that is to resume, as in `State`.
-    """
-    problems = []
-    for key, value in must_match.items():
-        before = state.must_match.get(key)
-        # The snapshot's values have been through JSON, which makes lists of tuples.
-        if before != json.loads(json.dumps(value)):
-            problems.append(
-                f"resume_from_checkpoint: {folder} was made with {key} = {before!r}, "
-                f"this run has {value!r}"
-            )
-    return problems
-
-
 def _snapshots(output: Path) -> list[Path]:
     """All snapshots that were written to the end, in the order of their numbers."""
     found = [
@@ -239,13 +266,48 @@ def _snapshots(output: Path) -> list[Path]:
         for folder in output.glob(f"{PREFIX}*")
         if folder.name.removeprefix(PREFIX).isdecimal() and folder.is_dir()
     ]
-    return sorted(found, key=lambda folder: int(folder.name.removeprefix(PREFIX)))
+    return sorted(found, key=_step_of)
 
 
-def _sync(folder: Path) -> None:
-    """Make sure that renames in a folder are on the disk, so that a power cut undoes none."""
-    handle = os.open(folder, os.O_RDONLY)
+def _step_of(snapshot: Path) -> int:
+    return int(snapshot.name.removeprefix(PREFIX))
+
+
+def _drafts(output: Path) -> list[Path]:
+    return sorted(output.glob(f"{PREFIX}*{DRAFT}"))
+
+
+def _set_aside(folder: Path) -> Path:
+    """Rename a snapshot to a draft, which takes one moment; deleting takes many. Raises OSError.
+
+    A network file system can rename a folder whose files are still open somewhere.
+    """
+    for number in itertools.count():
+        draft = folder.with_name(f"{folder.name}.{number}{DRAFT}")
+        if not draft.exists():
+            os.replace(folder, draft)
+            return draft
+    raise AssertionError("itertools.count() ends never")
+
+
+def _cannot_delete(folder: Path, error: OSError) -> str:
+    return f"{folder} cannot be deleted: {error.strerror}; delete it when the run is over"
+
+
+def _sync(folder: Path) -> list[str]:
+    """Make sure that renames in a folder are on the disk, so that a power cut undoes none.
+
+    Returns a warning if the file system cannot do that. Raises OSError for one of DISK_ERRORS.
+    """
     try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    except OSError as error:
+        if error.errno in DISK_ERRORS:
+            raise
+        reason = f"{folder} cannot be flushed to the disk ({error.strerror})"
+        return [f"{reason}: a power cut may undo the last snapshot, but not the one before"]
+    return []

@@ -10,12 +10,11 @@ them together read each byte once. At lower stages every rank keeps whole tensor
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -24,16 +23,21 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from minilora.files.model_config import ModelConfig
+from minilora.files.weight_files import INDEX, SINGLE, weight_files
+from minilora.files.weights_digest import WeightsDigest
 from minilora.model.llama_shape import LlamaShape
 from minilora.settings.errors import RequestError, shortened
-from minilora.settings.text_files import read_json
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
+__all__ = ["INDEX", "SINGLE"]  # whoever handles weights takes these names from here
+
 # The dtypes that Llama weights come in, by safetensors' names.
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-# Old exports also hold the rotary frequencies, which are computed from config.json here.
-DERIVED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
+# Old exports also hold the rotary frequencies, of each block or of the model. They are computed
+# from config.json here.
+DERIVED = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.(original_)?inv_freq")
+EMBEDDING = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
+COMPARED = 2**22  # elements of two tensors that are in memory at a time while they are compared
 
 
 @dataclass(frozen=True)
@@ -51,11 +55,15 @@ class Checkpoint:
     """A folder with a Llama in it whose files have been checked against its config.json.
 
     tensors: by parameter name, in the order of `LlamaShape.parameter_shapes`.
+    files: all weight files, also one of which the model uses nothing.
+    tied_head: where the files hold a head though config.json ties it to the embedding.
     """
 
     folder: Path
     shape: LlamaShape
     tensors: Mapping[str, StoredTensor]
+    files: tuple[Path, ...] = ()
+    tied_head: StoredTensor | None = None
 
     @property
     def total_bytes(self) -> int:
@@ -85,7 +93,7 @@ def read_checkpoint(config: ModelConfig) -> Checkpoint:
     the folder, or of another shape or dtype than config.json implies.
     """
     folder = config.folder
-    names_by_file, problems = _weight_files(folder)
+    names_by_file, problems = weight_files(folder)
     tensors: dict[str, StoredTensor] = {}
     for file, indexed_names in names_by_file.items():
         try:
@@ -103,12 +111,52 @@ def read_checkpoint(config: ModelConfig) -> Checkpoint:
         problems = shortened([*_shape_problems(tensors, expected, folder)])
     if problems:
         raise RequestError(problems)
-    return Checkpoint(folder, config.shape, {name: tensors[name] for name in expected})
+    return Checkpoint(
+        folder,
+        config.shape,
+        {name: tensors[name] for name in expected},
+        tuple(names_by_file),
+        tensors.get(HEAD) if config.shape.tied else None,
+    )
 
 
-def read_parts(checkpoint: Checkpoint, parts: Iterable[TensorPart]) -> int:
+def check_tied_head(checkpoint: Checkpoint) -> None:
+    """Raise RequestError if the files hold another head than the embedding that it is tied to.
+
+    Both tensors are read, a part at a time. An equal copy is what many programs write.
+    """
+    head = checkpoint.tied_head
+    if head is None:
+        return
+    embedding = checkpoint.tensors[EMBEDDING]
+    both = replace(checkpoint, tensors={EMBEDDING: embedding, HEAD: head})
+    total = torch.Size(head.shape).numel()
+    same = head.shape == embedding.shape
+    for start in range(0, total if same else 0, COMPARED):
+        # In fp32, so that a copy in a wider dtype is equal.
+        parts = torch.empty(2, min(COMPARED, total - start))
+        read_parts(
+            both, (TensorPart(n, start, p) for n, p in zip((EMBEDDING, HEAD), parts, strict=True))
+        )
+        same = torch.equal(parts[0], parts[1])
+        if not same:
+            break
+    if not same:
+        raise RequestError(
+            [
+                f"{head.file}: {HEAD} differs from {EMBEDDING}, but config.json ties them "
+                "(tie_word_embeddings: true): set it to false if the head is right, or remove "
+                f"{HEAD} from the file"
+            ]
+        )
+
+
+def read_parts(
+    checkpoint: Checkpoint, parts: Iterable[TensorPart], digest: WeightsDigest | None = None
+) -> int:
     """Read each part from its file into its destination, converting the dtype.
 
+    digest: counts each part as it lies in the file.
     Returns the number of bytes read. Host memory beside the destinations: the size of the largest
     part. Raises RequestError if a file ended early or a weight is not finite.
     """
@@ -131,43 +179,11 @@ def read_parts(checkpoint: Checkpoint, parts: Iterable[TensorPart]) -> int:
             # infinite if any is. Asking isfinite() of all numbers takes a hundred times as long.
             if not torch.stack(torch.aminmax(numbers)).isfinite().all():
                 raise RequestError([f"{stored.file}: {part.name} holds NaN or infinite weights"])
+            if digest is not None:
+                digest.add(part.name, part.start, numbers)
             part.destination.copy_(numbers)
             bytes_read += size
     return bytes_read
-
-
-def fingerprint(checkpoint: Checkpoint) -> str:
-    """A digest that tells checkpoints apart: of the final norm, which every fine-tuning changes."""
-    norm = torch.empty(checkpoint.shape.hidden_size)
-    read_parts(checkpoint, [TensorPart("model.norm.weight", 0, norm)])
-    return hashlib.sha256(norm.numpy().tobytes()).hexdigest()
-
-
-def _weight_files(folder: Path) -> tuple[dict[Path, set[str] | None], list[str]]:
-    """The weight files, each with the names that the index says are in it, and what is wrong.
-
-    The names are None where there is one file and no index.
-    """
-    if not (folder / INDEX).exists():
-        if (folder / SINGLE).exists():
-            return {folder / SINGLE: None}, []
-        problem = f"no {SINGLE} and no {INDEX}; weights are read from safetensors files"
-        return {}, [f"{folder}: {problem}"]
-    weight_map = read_json(folder / INDEX).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        return {}, [f"{folder / INDEX}: weight_map is missing or empty"]
-
-    names_by_file: dict[Path, set[str] | None] = {}
-    problems = []
-    for name, file in weight_map.items():
-        # A downloaded index must not make this program open files elsewhere.
-        if not isinstance(file, str) or Path(file).name != file or not file.strip("."):
-            problems.append(f"{folder / INDEX}: {name} lies in {file!r}, outside the folder")
-            continue
-        names = names_by_file.setdefault(folder / file, set())
-        assert names is not None
-        names.add(name)
-    return names_by_file, problems
 
 
 def _read_header(file: Path) -> dict[str, StoredTensor]:
@@ -175,8 +191,8 @@ def _read_header(file: Path) -> dict[str, StoredTensor]:
     if not file.exists():
         problem = f"no such file, though {INDEX} names it; download it again"
         raise RequestError([f"{file}: {problem}"])
-    if not _is_inside(file):
-        raise RequestError([f"{file}: leads out of its folder; put the file itself there"])
+    if not file.is_file():  # a pipe would keep whoever opens it waiting
+        raise RequestError([f"{file}: not a plain file; put the file itself there"])
     shapes: dict[str, tuple[int, ...]] = {}
     dtypes: dict[str, str] = {}
     try:
@@ -210,17 +226,6 @@ def _read_header(file: Path) -> dict[str, StoredTensor]:
     }
 
 
-def _is_inside(file: Path) -> bool:
-    """Whether it is a plain file of its folder, or of the hub's cache that the folder is part of.
-
-    In the cache snapshots/REVISION/NAME is a link to blobs/HASH.
-    """
-    folder = file.parent.resolve()
-    target = file.resolve()
-    in_cache = folder.parent.name == "snapshots" and target.parent == folder.parents[1] / "blobs"
-    return target.is_file() and (target.parent == folder or in_cache)
-
-
 def _index_problems(
     file: Path, indexed_names: Iterable[str], held_names: Iterable[str]
 ) -> Iterator[str]:
@@ -240,8 +245,8 @@ def _shape_problems(
             yield f"{folder}: {name} is missing"
     for name, stored in tensors.items():
         if name not in expected:
-            # A tied head may be stored although it equals the embedding; nothing of it is read.
-            if name != "lm_head.weight" and not DERIVED.fullmatch(name):
+            # A tied head may be stored too; `check_tied_head` compares it with the embedding.
+            if name != HEAD and not DERIVED.fullmatch(name):
                 yield f"{stored.file}: {name} is not part of the model of this config.json"
         elif stored.shape != expected[name]:
             found, implied = list(stored.shape), list(expected[name])

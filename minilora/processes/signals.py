@@ -1,4 +1,4 @@
-"""Stopping in good order: the first SIGTERM or SIGINT ends the run after its step."""
+"""Stopping in good order: the first SIGTERM, SIGINT or SIGHUP ends the run after its step."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import NoReturn
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+# SIGHUP is what a process gets when its terminal is gone, as when an ssh connection breaks.
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 # The terminal sends Ctrl-C to every process, and launchers pass it on once more.
 ECHO_SECONDS = 1
@@ -27,21 +28,29 @@ class Stopped(BaseException):
         self.number = number
 
 
+def heeded() -> list[signal.Signals]:
+    """The signals that stop a run: all, but SIGHUP only if it was not ignored before (nohup)."""
+    ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    return [number for number in SIGNALS if number != signal.SIGHUP or not ignored]
+
+
 @contextmanager
 def stopping_at_once() -> Iterator[None]:
     """Outside the steps a signal raises Stopped, wherever the process is."""
 
+    numbers = heeded()
+
     def stop(number: int, frame: FrameType | None) -> NoReturn:
         # A second signal must not interrupt the clean-up after the first one.
-        for other in SIGNALS:
+        for other in numbers:
             signal.signal(other, signal.SIG_IGN)
         raise Stopped(number, f"{signal.Signals(number).name}: stopped outside the steps")
 
-    before = [signal.signal(number, stop) for number in SIGNALS]
+    before = [signal.signal(number, stop) for number in numbers]
     try:
         yield
     finally:
-        for number, handler in zip(SIGNALS, before, strict=True):
+        for number, handler in zip(numbers, before, strict=True):
             signal.signal(number, handler)
 
 
@@ -57,7 +66,8 @@ class StopRequest:
         self._launchers = _launchers()
 
     def __enter__(self) -> StopRequest:
-        self._before = [signal.signal(number, self._note) for number in SIGNALS]
+        self._numbers = heeded()
+        self._before = [signal.signal(number, self._note) for number in self._numbers]
         return self
 
     def __exit__(
@@ -66,7 +76,7 @@ class StopRequest:
         error: BaseException | None,
         where: TracebackType | None,
     ) -> None:
-        for number, handler in zip(SIGNALS, self._before, strict=True):
+        for number, handler in zip(self._numbers, self._before, strict=True):
             signal.signal(number, handler)
 
     @property

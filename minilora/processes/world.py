@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from minilora.memory.measured import expand_segments
+from minilora.processes.launcher import joining
 from minilora.processes.ports import free_port
 from minilora.processes.watch import Watch, this_process
 from minilora.settings.errors import RequestError, RunError
@@ -35,7 +36,8 @@ class World:
     host_group: a gloo group of all processes, for messages between hosts
     watch: ends this process if another one is lost
 
-    Raises RequestError for bf16 on a GPU that has none.
+    Raises RequestError for bf16 on a GPU that has none, and for a port that is taken; RunError if
+    the processes cannot join.
     """
 
     def __init__(self, train: TrainSettings) -> None:
@@ -54,10 +56,11 @@ class World:
             self.device = torch.device("cpu")
 
         patience = timedelta(seconds=train.ddp_timeout)
-        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=patience)
+        with joining():
+            dist.init_process_group("nccl" if on_gpu else "gloo", timeout=patience)
+            self.host_group = dist.new_group(backend="gloo", timeout=HOST_PATIENCE)
         self.rank = dist.get_rank()
         self.size = dist.get_world_size()
-        self.host_group = dist.new_group(backend="gloo", timeout=HOST_PATIENCE)
         self.watch = Watch(self.rank, self.gather_objects(this_process()), train)
 
     def try_links(self) -> None:

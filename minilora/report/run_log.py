@@ -108,6 +108,7 @@ class Report:
         self._window_tokens = 0
         self._window_seconds = 0.0
         self._peak_memory: dict[str, float] = {}
+        self._warned = False
 
         self._bar = progress_bar(
             total_steps,
@@ -130,6 +131,12 @@ class Report:
         """Print a line on stderr above the bar."""
         if self._active:
             tqdm.write(text, file=sys.stderr)
+
+    def warn(self, warnings: Sequence[str]) -> None:
+        """Print the first warning that ever comes; the same thing goes wrong at each snapshot."""
+        if warnings and not self._warned:
+            self._warned = True
+            self.message(f"warning: {warnings[0]}")
 
     def step(self, record: StepRecord) -> None:
         """Count a step, move the bar, and write a log line when one is due.
@@ -197,14 +204,18 @@ class Report:
             **more,
             **self._peak_memory,
         }
-        text = json.dumps(results, indent=4) + "\n"
-        (self._folder / RESULTS).write_text(text, encoding="utf-8")
+        # A run that found nothing left to train knows less than the file that is there.
+        path = self._folder / RESULTS
+        if totals.step > before.step or not path.exists():
+            path.write_text(json.dumps(results, indent=4) + "\n", encoding="utf-8")
 
         if self._train.plot_loss:
             try:
                 draw_loss(self._folder)
             except ImportError:
                 self.message(f"{PICTURE} is not drawn: pip install matplotlib")
+            except OSError as error:  # the run is done, and its curves are in the log
+                self.message(f"warning: {PICTURE} is not drawn: {error.strerror}")
 
     def _write_line_of_steps(self, record: StepRecord) -> None:
         """Write a log line of the steps since the last one, of which `record` is the last."""

@@ -24,7 +24,7 @@ from minilora.files.deepspeed_file import Facts, read_deepspeed_files
 from minilora.files.model_config import ModelConfig, read_model_config
 from minilora.files.model_families import window_problem
 from minilora.files.output_folder import check_room
-from minilora.files.snapshot import find_snapshot
+from minilora.files.snapshot import draft_bytes, find_snapshot
 from minilora.files.weights import Checkpoint, read_checkpoint
 from minilora.memory.job import kept_blocks
 from minilora.memory.ways import Way, asked_way
@@ -56,6 +56,11 @@ class CheckedRequest:
     start_adapter: Mapping[str, Tensor]
     ds_configs: Mapping[str, dict[str, Any]]
 
+    @property
+    def ds_config(self) -> dict[str, Any]:
+        """The DeepSpeed file that was asked for, resolved."""
+        return next(iter(self.ds_configs.values()))
+
     def asked_way(self, ranks: int) -> tuple[Way, dict[str, Zero]]:
         """What the memory plan makes of the settings, and of the DeepSpeed files."""
         on_gpu = torch.cuda.is_available()
@@ -63,13 +68,12 @@ class CheckedRequest:
 
     def recipe(self, keep_blocks: int) -> ModelRecipe:
         """What the engine builds, with as many blocks saving their activations as was decided."""
-        ds_config = next(iter(self.ds_configs.values()))
         return ModelRecipe(
             self.checkpoint,
             self.lora,
             self.start_adapter,
             self.settings.train,
-            ds_config,
+            self.ds_config,
             keep_blocks,
         )
 
@@ -102,7 +106,8 @@ def check(settings: Settings) -> CheckedRequest:
         find_snapshot(settings.output, train.resume_from_checkpoint)
     if config is not None and lora is not None:
         with _collecting(problems):
-            check_room(settings.output, SNAPSHOT_BYTES * lora.size(config.shape))
+            size = SNAPSHOT_BYTES * lora.size(config.shape)
+            check_room(settings.output, size, draft_bytes(settings.output))
 
     # The DeepSpeed file: its "auto" values need the size of the model.
     if config is not None:

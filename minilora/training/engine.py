@@ -6,7 +6,7 @@ What is private in DeepSpeed stays in deepspeed_internals.py. No other file impo
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from minilora.data.steps import Span
 from minilora.files.deepspeed_file import zero_stage
 from minilora.files.weights import Checkpoint, TensorPart, read_parts
+from minilora.files.weights_digest import WeightsDigest, added
 from minilora.model.build import NewAdapter, build_model
 from minilora.model.llama import Block, Llama
 from minilora.model.lora import LoraLinear, lora_parameters, parameter_groups
@@ -52,6 +53,9 @@ class ModelRecipe:
 class Engine:
     """A Llama with LoRA in DeepSpeed's hands. All methods but `monitor` are collective.
 
+    bytes_read: how much of the base weights this rank has read
+    base_sums: by the name of each base weight, the sum over its bytes (files.weights_digest)
+
     Raises RequestError for a configuration that DeepSpeed does not take, and for weights that
     cannot be read.
     """
@@ -74,8 +78,10 @@ class Engine:
         times.finished("model")
 
         # Each rank reads only the bytes of its own partitions.
+        digest = WeightsDigest(self._counted(recipe.checkpoint))
         with world.agreed():
-            self.bytes_read = read_parts(recipe.checkpoint, self._parts_to_read())
+            self.bytes_read = read_parts(recipe.checkpoint, self._parts_to_read(), digest)
+        self.base_sums = added(world.gather_objects(digest.sums))
         self._start_adapter(recipe.adapter)
         times.finished("weights")
 
@@ -232,6 +238,12 @@ class Engine:
                 start, kept = self._partition(parameter)
                 if len(kept):
                     yield TensorPart(name, start, kept)
+
+    def _counted(self, checkpoint: Checkpoint) -> Set[str]:
+        """The base weights that this rank adds up for the digest, of those that it reads."""
+        if self.stage == 3:
+            return checkpoint.tensors.keys()
+        return {*list(checkpoint.tensors)[self.world.rank :: self.world.size]}
 
     def _start_adapter(self, adapter: Mapping[str, Tensor]) -> None:
         """Copy in the adapter that training continues, or what a new DoRA starts from."""

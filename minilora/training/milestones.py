@@ -151,7 +151,8 @@ def write_checkpoint(job: Job, state: State, to_resume: bool = False) -> None:
     def write() -> None:
         folder = write_snapshot(output, state, adapter, moments, job.lora, job.base)
         check_adapter(folder, adapter)
-        prune(output, train.save_total_limit, folder, Path(state.best["folder"]))
+        best = Path(state.best["folder"])
+        job.log.warn(prune(output, train.save_total_limit, folder, best))
 
     job.on_rank0(write)
 

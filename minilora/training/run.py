@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
-from dataclasses import replace
 from itertools import chain
+from typing import Any
 
 import torch
 
@@ -14,10 +14,14 @@ from minilora import __version__
 from minilora.data.documents import Documents
 from minilora.data.schedule import Schedule
 from minilora.data.steps import TileLimits
+from minilora.data.tokenizer_files import TokenizerFiles
+from minilora.files.deepspeed_file import zero_stage
 from minilora.files.output_folder import claimed
-from minilora.files.snapshot import State, last_snapshot
+from minilora.files.snapshot import delete_drafts, last_snapshot
+from minilora.files.weights import check_tied_head
 from minilora.memory.in_a_run import Forecast, OutOfMemory, foresee
 from minilora.memory.measured import is_out_of_memory, read_memory
+from minilora.processes.launcher import check_launcher
 from minilora.processes.signals import Stopped
 from minilora.processes.startup_times import StartupTimes
 from minilora.processes.world import World
@@ -29,6 +33,8 @@ from minilora.training.checks import CheckedRequest, check
 from minilora.training.engine import Engine
 from minilora.training.job import Job
 from minilora.training.loop import train
+from minilora.training.remaining_steps import check_rates, is_finished, nothing_left
+from minilora.training.same_run import base_digest, data_digests
 from minilora.training.shared_documents import shared_documents
 from minilora.training.starting_point import StartingPoint, starting_point
 
@@ -40,6 +46,7 @@ def run(settings: Settings) -> None:
     """
     times = StartupTimes()
     times.finished("imports")
+    check_launcher()
     request = check(settings)
     times.finished("checks")
 
@@ -50,6 +57,7 @@ def run(settings: Settings) -> None:
             with world.agreed():
                 if world.rank == 0:
                     stack.enter_context(claimed(settings.output))
+                    delete_drafts(settings.output)
             times.finished("processes")
             run_in(world, request, times)
             world.close()
@@ -76,11 +84,22 @@ def run_in(world: World, request: CheckedRequest, times: StartupTimes) -> None:
 
     # Data first: the memory plan goes by the real lengths of the documents.
     documents, validation, base, notes = shared_documents(world, settings, shape)
+    info = about(world, request, base)
     with world.agreed():
-        start = starting_point(request, documents, validation)
+        if world.rank == 0:
+            check_tied_head(request.checkpoint)
+        start = starting_point(request, documents, validation, info)
     done = (start.state.step, start.state.rows)
     schedule = Schedule.of(documents.lengths, settings, world.size, shape.break_even_length, done)
     times.finished("tokens")
+
+    # A run may have no step left, or only steps that would change nothing.
+    check_rates(settings, start.state.step, schedule.total_steps)
+    end = nothing_left(start, settings, schedule.total_steps)
+    if end is not None:
+        tell(world, [end])
+        if all(world.gather_objects(is_finished(start, settings))):
+            return
 
     # What the plan decides stands beside what was asked: neither overwrites the other.
     asked, files = request.asked_way(world.size)
@@ -91,6 +110,7 @@ def run_in(world: World, request: CheckedRequest, times: StartupTimes) -> None:
 
     with forecast.explaining(world.rank, settings.train):
         engine = Engine(world, request.recipe(decided.keep_blocks), times)
+        state = start.state_with(info, base_digest(request.checkpoint, engine.base_sums))
         if start.snapshot is not None:
             engine.restore(start.tensors, start.state.step)
             tell(world, [resumes_from(start, schedule)])
@@ -111,7 +131,7 @@ def run_in(world: World, request: CheckedRequest, times: StartupTimes) -> None:
                 limits=TileLimits(settings.train.tile_tokens, decided.gather_tokens),
                 lora=request.lora,
                 base=base,
-                start=about(start.state, world, engine, settings),
+                start=state,
                 log=log,
             )
             best = train(job)
@@ -126,15 +146,22 @@ def finish(job: Job, results: dict[str, float], forecast: Forecast) -> None:
     job.log.message(f"the adapter is in {job.settings.train.output_dir}")
 
 
-def about(state: State, world: World, engine: Engine, settings: Settings) -> State:
-    """The state with what snapshots tell people of their run: the settings as they were asked."""
-    info = {
+def about(world: World, request: CheckedRequest, base: TokenizerFiles) -> dict[str, Any]:
+    """What snapshots tell people of their run: the settings as they were asked. Collective.
+
+    base: the tokenizer's files, which rank 0 has. Raises RequestError.
+    """
+    files: dict[str, str] = {}
+    with world.agreed():
+        if world.rank == 0:
+            files = data_digests(request.settings, base)
+    return {
         "ranks": world.size,
-        "stage": engine.stage,
-        "settings": settings.to_dict(),
+        "stage": zero_stage(request.ds_config),
+        "settings": request.settings.to_dict(),
+        "data files": world.gather_objects(files)[0],
         "versions": {"minilora": __version__, "torch": torch.__version__},
     }
-    return replace(state, about=info)
 
 
 def advice_on(request: CheckedRequest, documents: Documents, ranks: int) -> Iterator[str]:
@@ -157,7 +184,9 @@ def tell(world: World, *groups: Iterable[str]) -> None:
 
 def resumes_from(start: StartingPoint, schedule: Schedule) -> str:
     """One line about the snapshot that a run resumes from."""
-    info, reached = start.state.about, f"step {start.state.step} of {schedule.total_steps}"
+    info, reached = start.state.about, f"step {start.state.step}"
+    if start.state.step <= schedule.total_steps:
+        reached += f" of {schedule.total_steps}"
     return (
         f"resuming from {start.snapshot}, {reached} ({info['ranks']} ranks, ZeRO-{info['stage']})"
     )

@@ -31,7 +31,11 @@ def shared_documents(
     with ExitStack() as stack:
         with world.agreed():
             if world.local_rank == 0:
-                folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="minilora-"))
+                # A network file system keeps mapped files under other names until they are closed.
+                temporary = tempfile.TemporaryDirectory(
+                    prefix="minilora-", ignore_cleanup_errors=True
+                )
+                folder = stack.enter_context(temporary)
                 prepared = prepare(settings, shape, colour=sys.stderr.isatty())
                 base = prepared.tokenizer.files
                 made = folder, _save(prepared, Path(folder))

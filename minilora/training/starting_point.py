@@ -2,43 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from minilora.data.documents import Documents
-from minilora.files.snapshot import (
-    State,
-    differences,
-    find_snapshot,
-    read_state,
-    read_tensors,
-    restored,
-)
-from minilora.files.weights import fingerprint
+from minilora.files.snapshot import State, find_snapshot, read_state, read_tensors, restored
 from minilora.report.run_log import Totals
 from minilora.settings.errors import RequestError
 from minilora.training.best_model import best_before
 from minilora.training.checks import CheckedRequest
 from minilora.training.engine import MOMENTS
-
-# Settings that must not change between a snapshot and the run that resumes from it: with another
-# value the steps before and after the snapshot would belong to two different runs.
-UNCHANGING = (
-    "learning_rate",
-    "lr_scheduler_type",
-    "warmup_ratio",
-    "warmup_steps",
-    "weight_decay",
-    "loraplus_lr_ratio",
-    "max_grad_norm",
-    "adam_beta1",
-    "adam_beta2",
-    "adam_epsilon",
-    "seed",
-    "disable_shuffling",
-)
+from minilora.training.same_run import WEIGHTS, differences, known_before_loading
 
 
 @dataclass(frozen=True)
@@ -55,22 +33,30 @@ class StartingPoint:
     tensors: dict[str, Tensor]
     notes: list[str]
 
+    def state_with(self, about: dict[str, Any], base_digest: Mapping[str, str]) -> State:
+        """The state of a run whose base weights have been read.
+
+        about: this run's; base_digest: of training.same_run. Raises RequestError if the snapshot
+        was made with other base weights.
+        """
+        weights = {WEIGHTS: dict(base_digest)}
+        if self.snapshot is not None:
+            problems = differences(self.state, State(0, 0, {}, weights, about), self.snapshot)
+            if problems:
+                raise RequestError(problems)
+        return replace(self.state, must_match={**self.state.must_match, **weights}, about=about)
+
 
 def starting_point(
-    request: CheckedRequest, documents: Documents, validation: Documents
+    request: CheckedRequest, documents: Documents, validation: Documents, about: dict[str, Any]
 ) -> StartingPoint:
     """Find and read the snapshot that is asked for, if any.
 
+    about: what this run tells of itself (training.same_run compares with it).
     Raises RequestError if a snapshot is broken, or if this run could not have written it.
     """
     settings = request.settings
-    same = {
-        "base weights": fingerprint(request.checkpoint),
-        "data": documents.fingerprint(),
-        "lora": asdict(request.lora),
-        "packing": settings.packs,
-        **{key: getattr(settings.train, key) for key in UNCHANGING},
-    }
+    same = known_before_loading(settings, request.lora, documents)
     folder = find_snapshot(settings.output, settings.train.resume_from_checkpoint)
     state = State(0, 0, {}, same, {})
     if folder is not None:
@@ -82,7 +68,7 @@ def starting_point(
         return StartingPoint(None, state, {}, notes)
 
     restored(Totals, state.log_totals, folder)  # refused now, not when the log is opened
-    problems = differences(state, same, folder)
+    problems = differences(state, State(0, 0, {}, same, about), folder)
     if problems:
         raise RequestError(problems)
     shapes = request.lora.parameter_shapes(request.checkpoint.shape)

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from minilora.files.output_folder import LOCK, check_room, claimed, is_claimed
+from minilora.files.snapshot import DRAFT, PREFIX, delete_drafts, draft_bytes
 from minilora.settings.errors import RequestError
 
 IN_USE = f"in use by process {os.getpid()} on .*; name another folder"
@@ -42,6 +43,14 @@ def test_output_dir_needs_room_and_leave_to_write(tmpfs: Callable[[str], Path | 
         pytest.skip("mounting a file system needs root")
     with pytest.raises(RequestError, match="has 6.6e-05 GB free, 3 snapshots .* need 0.012 GB"):
         check_room(small / "out", 10**6)
+    draft = small / "out" / f"{PREFIX}3{DRAFT}"
+    draft.mkdir(parents=True)
+    (draft / "tensors").write_bytes(bytes(40_000))
+    with pytest.raises(RequestError, match="GB free"):
+        check_room(small / "out", 4000)
+    check_room(small / "out", 4000, draft_bytes(small / "out"))
+    assert delete_drafts(small / "out") == []
+    check_room(small / "out", 4000)
     subprocess.run(["mount", "-o", "remount,ro", str(small)], check=True)
     for refuse in (lambda: check_room(small / "out", 0), claimed(small / "out").__enter__):
         with pytest.raises(RequestError, match=f"output_dir: {small}.* cannot be written"):

@@ -10,9 +10,19 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import LlamaForCausalLM
 
 from minilora.files.model_config import read_model_config
-from minilora.files.weights import INDEX, TensorPart, read_checkpoint, read_parts
+from minilora.files.weights import (
+    INDEX,
+    SINGLE,
+    TensorPart,
+    check_tied_head,
+    read_checkpoint,
+    read_parts,
+)
+from minilora.generate import main as generate
+from minilora.merge import main as merge
 from minilora.settings.errors import RequestError
 from tests.support.broken_weights import (
     BROKEN,
@@ -59,6 +69,39 @@ def test_a_single_file_without_an_index_is_read(tiny: Path, copy: Path) -> None:
     save_file(tensors, copy / "model.safetensors")
     whole = read_checkpoint(read_model_config(copy))
     assert whole.total_bytes == read_checkpoint(read_model_config(tiny)).total_bytes
+
+
+def test_a_single_file_is_read_beside_the_index_of_an_older_model(copy: Path) -> None:
+    """As transformers does. With the older shards there too, nobody knows which are meant."""
+    tensors: dict[str, torch.Tensor] = {}
+    shards = list(copy.glob("*.safetensors"))
+    for file in shards:
+        tensors |= {name: tensor * 2 for name, tensor in load_file(file).items()}
+    save_file(tensors, copy / SINGLE, {"format": "pt"})
+    with pytest.raises(RequestError, match=f"{SINGLE} and also the shards of {INDEX}.* remove one"):
+        read_checkpoint(read_model_config(copy))
+
+    for file in shards:
+        file.unlink()
+    checkpoint = read_checkpoint(read_model_config(copy))
+    theirs = LlamaForCausalLM.from_pretrained(copy, dtype=torch.float32).state_dict()
+    for name in checkpoint.tensors:
+        found = torch.empty(theirs[name].numel())
+        read_parts(checkpoint, [TensorPart(name, 0, found)])
+        assert torch.equal(found, theirs[name].view(-1)), name
+
+
+def test_links_of_a_folder_are_followed(tiny: Path, copy: Path, tmp_path: Path) -> None:
+    """Old downloads put the files into a cache and links into the folder."""
+    for number, file in enumerate(copy.glob("*.safetensors")):
+        file.rename(tmp_path / str(number))
+        file.symlink_to(tmp_path / str(number))
+    linked = read_checkpoint(read_model_config(copy))
+    for name in linked.tensors:
+        parts = torch.empty(2, 32)
+        read_parts(linked, [TensorPart(name, 0, parts[0])])
+        read_parts(read_checkpoint(read_model_config(tiny)), [TensorPart(name, 0, parts[1])])
+        assert torch.equal(parts[0], parts[1]), name
 
 
 @pytest.mark.slow
@@ -146,7 +189,33 @@ def test_a_tied_head_written_out_and_old_frequencies_are_no_surplus(
     extra = {
         "lm_head.weight": tensors[embedding].clone(),
         "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4),
+        "model.rotary_emb.inv_freq": torch.ones(4),
     }
     save_file({**tensors, **extra}, file)
     edit_index(lambda index: index.update(dict.fromkeys(extra, file.name)))(folder)
-    assert "lm_head.weight" not in read_checkpoint(read_model_config(folder)).tensors
+    checkpoint = read_checkpoint(read_model_config(folder))
+    assert "lm_head.weight" not in checkpoint.tensors
+    check_tied_head(checkpoint)
+
+
+@pytest.mark.parametrize("place", [0, -1])
+def test_a_tied_head_that_differs_is_refused(
+    tiny_tied: Path, tmp_path: Path, place: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which of the two is right only its user knows; the embedding was taken in silence."""
+    folder = Path(shutil.copytree(tiny_tied, tmp_path / "model"))
+    embedding = "model.embed_tokens.weight"
+    file = shard_of(folder, embedding)
+    tensors = load_file(file)
+    head = tensors[embedding].clone()
+    head[place, place] += 1
+    save_file({**tensors, "lm_head.weight": head}, file)
+    edit_index(lambda index: index.update({"lm_head.weight": file.name}))(folder)
+
+    monkeypatch.setattr("minilora.files.weights.COMPARED", 1000)  # in several parts
+    with pytest.raises(RequestError, match="lm_head.weight differs from .*tie_word_embeddings"):
+        check_tied_head(read_checkpoint(read_model_config(folder)))
+    words = ["--model_name_or_path", str(folder)]
+    assert generate([*words, "--prompt", "x"]) == 2
+    adapter = ["--adapter_name_or_path", "none", "--export_dir", str(tmp_path / "out")]
+    assert merge([*words, *adapter]) == 2 and not (tmp_path / "out").exists()

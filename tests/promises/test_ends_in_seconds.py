@@ -76,6 +76,7 @@ def cases(ground: Ground, tmpfs: Callable[[str], Path | None]) -> list[dict[str,
         case(ground, "slow", fault("tokenising", f"sleep {PATIENCE + 2}"),
              fault("save", f"sleep {PATIENCE + 2}"), **impatient, save_steps=6,
              link_seconds=PATIENCE),
+        case(ground, "share", fault("links", "share"), save_total_limit=1),
         case(ground, "hanging", fault("step", f"sleep {SLEEP}", (1,), 4), **impatient),
         case(ground, "no link", fault("links", f"sleep {SLEEP}", (1,)), link_seconds=2),
         case(ground, "asked", fault("step", "echo; SIGTERM", (1,), 3)),
@@ -89,7 +90,7 @@ def cases(ground: Ground, tmpfs: Callable[[str], Path | None]) -> list[dict[str,
         case(ground, "snapshot spoilt", fault("check", "flip", count=2), **stage0),
         case(ground, "adapter spoilt", fault("check", "flip"), save_strategy="no", **stage0),
         case(ground, "still", adapter_name_or_path="null", learning_rate=1e-300, max_steps=1,
-             save_strategy="no", **stage0),
+             warmup_steps=0, save_strategy="no", **stage0),
         case(ground, "rate", learning_rate=1e30, warmup_steps=0, lr_scheduler_type="constant"),
         case(ground, "gradient", **great),
         case(ground, "gradient alone", **great, **stage0),
@@ -184,6 +185,19 @@ def test_slow_work_of_one_rank_trips_no_timeout(results: Results) -> None:
     result = results["slow"]
     assert result["codes"] == [0, 0], result
     check_whole(Path(result["job"]["output_dir"]) / f"{PREFIX}6")
+
+
+def test_a_network_share_costs_one_warning_and_no_bit(results: Results) -> None:
+    """No locks, no flushing of folders, folders that are busy or gone when they are deleted."""
+    result = results["share"]
+    assert result["codes"] == [0, 0], result
+    output = Path(result["job"]["output_dir"])
+    warnings = [line for line in result["outputs"][0].splitlines() if "warning: " in line]
+    assert len(warnings) == 1 and f"{output} cannot be flushed to the disk" in warnings[0]
+    sound = Path(results["slow"]["job"]["output_dir"])
+    assert (output / WEIGHTS).read_bytes() == (sound / WEIGHTS).read_bytes()
+    assert find_snapshot(output, "true") == output / f"{PREFIX}6"
+    check_whole(output / f"{PREFIX}6")
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_update(results: Results) -> None:

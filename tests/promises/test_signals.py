@@ -42,6 +42,7 @@ class Launched:
     output: IO[bytes]
     target: str
     code: int
+    number: signal.Signals
 
     def below(self) -> list[int]:
         """The launcher and all its processes, ranks last."""
@@ -53,27 +54,28 @@ class Launched:
 
 
 ENDS = {
-    "minilora train": ("minilora", "launcher", -signal.SIGTERM),
-    "deepspeed, a rank": ("deepspeed", "rank", 128 + signal.SIGTERM),
-    "torchrun": ("torchrun", "launcher", 1),
-    "nobody reads": ("python", "launcher", 128 + signal.SIGTERM),
+    "minilora train": ("minilora", "launcher", -signal.SIGTERM, signal.SIGTERM),
+    "deepspeed, a rank": ("deepspeed", "rank", 128 + signal.SIGTERM, signal.SIGTERM),
+    "torchrun": ("torchrun", "launcher", 1, signal.SIGTERM),
+    "torchrun, its terminal gone": ("torchrun", "launcher", 1, signal.SIGHUP),
+    "nobody reads": ("python", "launcher", 128 + signal.SIGHUP, signal.SIGHUP),
 }
 
 
 @pytest.fixture
 def run(request: pytest.FixtureRequest, ground: Ground) -> Iterator[Launched]:
     """A run without an end."""
-    launcher, target, code = ENDS[request.param]
+    launcher, target, code, number = ENDS[request.param]
     # Snapshots of adapters alone, but for the one of a signal: it is there to go on from.
     changes = {"max_steps": 10**6, "save_steps": 10**6, "per_device_train_batch_size": 1,
                "save_only_model": True, "deepspeed": str(stage_file(ground.folder, 3))}  # fmt: skip
-    job = ground.job(f"signal-{launcher}-{target}", "tiny", **changes)
+    job = ground.job(f"signal-{launcher}-{target}-{number}", "tiny", **changes)
     words = ["-m", "minilora.train", *(f"--{key}={value}" for key, value in job.items())]
     output = tempfile.TemporaryFile()
     ranks, writes = (1, subprocess.PIPE) if launcher == "python" else (2, output)
     command = command_line(launcher, ranks, words)
     process = subprocess.Popen(command, stdout=writes, stderr=subprocess.STDOUT)
-    launched = Launched(job, process, output, target, code)
+    launched = Launched(job, process, output, target, code, number)
     yield launched
     for member in launched.below():
         if process.poll() is None:
@@ -81,7 +83,7 @@ def run(request: pytest.FixtureRequest, ground: Ground) -> Iterator[Launched]:
 
 
 @pytest.mark.parametrize("run", ENDS, indirect=True)
-def test_sigterm_saves_and_leaves_no_process(run: Launched) -> None:
+def test_a_signal_saves_and_leaves_no_process(run: Launched) -> None:
     folder = Path(str(run.job["output_dir"]))
     deadline = time.monotonic() + HANGING_SECONDS
     while not (folder / "trainer_log.jsonl").exists() or len(log(run.job, "loss")) < 2:
@@ -93,7 +95,7 @@ def test_sigterm_saves_and_leaves_no_process(run: Launched) -> None:
         assert len(family) >= 3
     else:
         run.process.stdout.close()  # as Ctrl-C ends the `tee` behind a pipe
-    os.kill(family[0] if run.target == "launcher" else family[-1], signal.SIGTERM)
+    os.kill(family[0] if run.target == "launcher" else family[-1], run.number)
 
     deadline = time.monotonic() + HANGING_SECONDS
     while set(family) & parents().keys():
@@ -110,7 +112,8 @@ def test_sigterm_saves_and_leaves_no_process(run: Launched) -> None:
     run.output.seek(0)
     output = run.output.read().decode()
     assert output.count("error: ") == 1
-    assert f"error: SIGTERM: stopped after step {step}; the last snapshot is {saved}" in output
+    name = run.number.name
+    assert f"error: {name}: stopped after step {step}; the last snapshot is {saved}" in output
 
 
 # Python imports this file when it starts. It signals the process when a module is about to be

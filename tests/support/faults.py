@@ -10,10 +10,13 @@ exit codes, seconds from the first fault to the end, and output of each rank.
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import time
@@ -95,10 +98,38 @@ def happen(what: str, output: Path) -> None:
         )
         data = newest.read_bytes()
         newest.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    elif word == "share":
+        behave_as_a_share()
     elif word == "move":
         output.rename(f"{output}-away")
     else:
         os.kill(os.getpid(), getattr(signal, word))
+
+
+def behave_as_a_share() -> None:
+    """From now on the file system is one that cannot lock, flush folders, or delete what is open.
+
+    What is deleted is gone already every other time.
+    """
+    sync, remove, deletions = os.fsync, os.rmdir, [0]
+
+    def fail(number: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    def sync_files_only(handle: int) -> None:
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            fail(errno.EINVAL)
+        sync(handle)
+
+    def remove_late(path: Any, **options: Any) -> None:
+        deletions[0] += 1
+        if deletions[0] % 2:
+            fail(errno.EBUSY)
+        remove(path, **options)
+        fail(errno.ENOENT)
+
+    fcntl.flock = lambda *_: fail(errno.ENOLCK)
+    os.fsync, os.rmdir = sync_files_only, remove_late
 
 
 def start_rank(case: dict[str, Any], rank: int, port: int, folder: Path) -> int:

@@ -25,6 +25,7 @@ from minilora.processes.signals import Stopped
 from minilora.processes.startup_times import StartupTimes
 from minilora.processes.world import World
 from minilora.settings.command_line import read_settings
+from minilora.settings.errors import RequestError
 from minilora.train import leave
 from minilora.training.checks import check
 from minilora.training.engine import Engine
@@ -97,6 +98,7 @@ def main() -> None:
     for job in jobs:
         watch.keep_weights = job.pop("keep_weights", False)
         watch.stop_after = job.pop("stop_after", None)
+        refused = job.pop("refused", False)
         words = [f"--{key}={value}" for key, value in job.items()]
         settings = read_settings(words, "train")
         request = check(settings)
@@ -105,6 +107,13 @@ def main() -> None:
             run_in(world, request, StartupTimes())
         except Stopped as stopped:
             assert watch.stop_after == len(watch.steps), stopped
+        except RequestError as error:
+            assert refused, error
+            Path(job["output_dir"]).mkdir(exist_ok=True)
+            problems = json.dumps(error.problems)
+            (Path(job["output_dir"]) / "refused.json").write_text(problems, encoding="utf-8")
+            continue
+        assert not refused, job
         costs = world.gather_objects({"bytes_read": watch.bytes_read, "gathered": watch.steps})
         output = Path(job["output_dir"])
         if world.rank == 0:
