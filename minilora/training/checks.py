@@ -33,6 +33,7 @@ from minilora.model.lora_shape import LoraShape
 from minilora.report.curves import LOG
 from minilora.settings.errors import RequestError
 from minilora.settings.settings import Settings
+from minilora.training.deepspeed_internals import reject_bad_config
 from minilora.training.engine import ModelRecipe
 
 SNAPSHOT_BYTES = 4  # of an fp32 number, of which a snapshot has several for each trained parameter
@@ -106,6 +107,9 @@ def check(settings: Settings) -> CheckedRequest:
             bf16 = train.computes_in_bf16(on_gpu=torch.cuda.is_available())
             ranks = int(os.environ.get("WORLD_SIZE", "1"))
             ds_configs = read_deepspeed_files(train, Facts(ranks, config.shape.hidden_size, bf16))
+            # What passes our own table may still be a combination that DeepSpeed does not take.
+            if reason := reject_bad_config(next(iter(ds_configs.values()))):
+                problems.append(f"deepspeed: {train.deepspeed}: {reason}")
     if train.memory_snapshot and not torch.cuda.is_available():
         problems.append("memory_snapshot: torch notes a GPU's memory, and there is none; remove it")
 
