@@ -37,11 +37,13 @@ class Tally:
     """How many rows are used, and for each reason to drop rows, the places of those rows.
 
     cut: of the rows that are used but were too long, how many tokens each lost.
+    notes: what else is to be said of them.
     """
 
     kept: int
     dropped: Mapping[str, tuple[str, ...]]
     cut: tuple[int, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, kept: int, dropped: Iterable[tuple[str, str]], cut: Iterable[int] = ()) -> Tally:
@@ -66,7 +68,7 @@ class Tally:
         places = dict(self.dropped)
         for reason, more in later.dropped.items():
             places[reason] = places.get(reason, ()) + more
-        return Tally(later.kept, places, later.cut)
+        return Tally(later.kept, places, later.cut, self.notes + later.notes)
 
     @property
     def number_dropped(self) -> int:
@@ -81,6 +83,7 @@ class Tally:
             if len(places) > PLACES_SHOWN:
                 shown.append("...")
             parts.append(f"{len(places)}: {reason} ({', '.join(shown)})")
+        parts += self.notes
         if self.cut:
             parts.append(f"{len(self.cut)} cut, by {sum(self.cut):,} tokens in all")
         return "; ".join(parts)

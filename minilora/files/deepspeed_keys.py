@@ -215,7 +215,7 @@ def what_deepspeed_gets(config: Mapping[str, Any], path: str = "") -> dict[str, 
     kinds = known_keys(path)
     result = {}
     for key, value in config.items():
-        kind = kinds.get(key)
+        kind = kinds.get(key, "")
         if kind in KINDS and value is not None and (value == "auto" or KINDS[kind][1](value)):
             inner = f"{path}.{key}".lstrip(".")
             is_section = inner in sections() and isinstance(value, dict)

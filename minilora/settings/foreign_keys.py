@@ -97,7 +97,7 @@ IGNORED = frozenset(
         # How rows are read and become tokens.
         "buffer_size cache_dir enable_thinking ignore_data_skip ignore_pad_token_for_loss",
         "label_names media_dir overwrite_cache remove_unused_columns reserved_label_len",
-        "split_special_tokens trust_remote_code use_fast_tokenizer",
+        "trust_remote_code use_fast_tokenizer",
         # How validation is batched; which scores are written does not depend on it here.
         "compute_accuracy do_eval eval_accumulation_steps eval_delay eval_do_concat_batches",
         "eval_on_each_dataset eval_on_start eval_use_gather_object per_device_eval_batch_size",

@@ -90,6 +90,9 @@ class DataSettings:
     packing: bool | None = setting(
         None, "Fill each row of a batch with documents up to cutoff_len tokens. Default: true for "
         "stage pt, false for sft.")
+    split_special_tokens: bool = setting(
+        True, "Rows that hold the text of a special token keep it as plain characters; false makes "
+        "it that token. The default is ours; LLaMA-Factory's is false.")
     max_samples: int | None = setting(
         None, "Use only the first N rows of each dataset.", at_least=1)
 
