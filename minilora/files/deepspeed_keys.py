@@ -81,8 +81,7 @@ HANDED_ON: Mapping[str, Mapping[str, str]] = {
         "any": "stage",
         "count": "allgather_bucket_size reduce_bucket_size stage3_max_live_parameters "
         "stage3_max_reuse_distance stage3_model_persistence_threshold "
-        "stage3_module_granularity_threshold stage3_param_persistence_threshold "
-        "stage3_prefetch_bucket_size sub_group_size",
+        "stage3_param_persistence_threshold stage3_prefetch_bucket_size sub_group_size",
         "flag": "allgather_partitions contiguous_gradients enable_sanity_checks "
         "ignore_unused_parameters log_trace_cache_warnings overlap_comm parameter_alignment "
         "reduce_scatter round_robin_gradients stage3_allgather_sequential "
@@ -172,7 +171,8 @@ REFUSED: Mapping[str, tuple[tuple[str, tuple[Any, ...], str], ...]] = {
         ("zero_quantized_gradients", (), "gradients are reduced as they are; remove it"),
         ("zenflow", (), _NOT_USED),
         ("compute_grad_norm", (True, 1), "every step logs and clips the norm; remove it"),
-        ("leaf_module", (), "the decoder blocks are the leaf modules; remove it"),
+        ("leaf_module stage3_module_granularity_threshold", (0,),
+         "the decoder blocks are the leaf modules; remove it"),
         ("legacy_stage1", (), _NO_LONGER),
         ("cpu_offload", (), 'write "offload_optimizer": {"device": "cpu"}'),
         ("cpu_offload_param", (), 'write "offload_param": {"device": "cpu"}'),

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minilora.data.chat import make_template
 from minilora.data.datasets import read_conversations
 from minilora.data.tokenizer import load_tokenizer
 from minilora.files.adapter import read_adapter
@@ -130,7 +131,9 @@ def _data_problems(settings: Settings, has_config: bool) -> list[str]:
         return problems
     if has_config:  # else there is no model folder, which has been said
         with _collecting(problems):
-            load_tokenizer(settings.base)
+            tokenizer = load_tokenizer(settings.base)
+            if settings.method.stage == "sft":
+                make_template(settings.data.template, tokenizer)
     for names in (settings.data.dataset, settings.data.eval_dataset):
         if names:
             with _collecting(problems):

@@ -238,7 +238,9 @@ def own_template(folder: Path, text: str) -> Template:
             "an answer",
         ),
         (
-            LLAMA30.replace("{% for m in messages %}", "{% for m in messages if m.role != 'system' %}"),
+            LLAMA30.replace(
+                "{% for m in messages %}", "{% for m in messages if m.role != 'system' %}"
+            ),
             talk("a", "b", system="S").turns,
             "a system message",
         ),

@@ -96,7 +96,9 @@ def test_every_key_that_deepspeed_reads_has_a_fate() -> None:
         fields = declaration.model_fields.items()
         names = {name for name, _ in fields} | {field.alias for _, field in fields if field.alias}
         # An alias's plain name is listed where somebody could write it.
-        assert not names - known_keys(section).keys() - {field.alias for _, field in fields}, section
+        assert not names - known_keys(section).keys() - {field.alias for _, field in fields}, (
+            section
+        )
 
     asked: set[tuple[str, str]] = set()
     read = {name: Recorder(asked, name) for name in READ_BY_KEY}
@@ -136,6 +138,7 @@ def test_no_key_has_two_fates_and_kinds_are_deepspeeds() -> None:
         ({"zenflow": {"topk_ratio": 0.1}}, "trains without it"),
         ({"compute_grad_norm": False}, "the norm"),
         ({"leaf_module": {"names": ["mlp"]}}, "the decoder blocks"),
+        ({"stage3_module_granularity_threshold": 5000}, "the decoder blocks"),
         ({"cpu_offload_param": True}, '"offload_param": {"device": "cpu"}'),
         ({"prefetch_bucket_size": 5}, "write stage3_"),
         ({"offload_optimizer": {"device": "cpu", "ratio": 0.5}}, "in one place"),
