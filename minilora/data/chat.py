@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 
 import numpy as np
@@ -19,6 +20,7 @@ from minilora.settings.errors import RequestError
 from minilora.settings.terminal import progress_bar
 
 CHUNK = 4096  # conversations per batch call of the tokenizer
+MOST_NAMES = 5  # of special tokens that the summary lists
 
 
 @dataclass(frozen=True)
@@ -27,12 +29,14 @@ class Template:
 
     default_system: the system message of conversations that have none, or an empty one.
     stop_ids: tokens that end an answer.
+    split_special_tokens: whether what looks like a special token in a text stays plain characters.
     """
 
     tokenizer: Tokenizer
     renderer: Renderer
     default_system: str | None
     stop_ids: tuple[int, ...]
+    split_special_tokens: bool = True
 
     def encode(
         self,
@@ -53,27 +57,34 @@ class Template:
         cut: list[int] = []
         for chunk in _chunks(conversations):
             rendered: list[Rendered] = []
-            sources: list[str] = []
+            used: list[Conversation] = []
             for conversation in chunk:
                 try:
-                    rendered.append(self._render(conversation.turns))
+                    one = self._render(conversation.turns)
+                    _check_nothing_lost(conversation.turns, one)
                 except BadRow as error:
                     dropped.append((str(error), conversation.source))
                 else:
-                    sources.append(conversation.source)
+                    rendered.append(one)
+                    used.append(conversation)
             rows = encode(self.tokenizer, rendered, self.renderer.joined)
 
-            for (ids, ends), source in zip(rows, sources, strict=True):
+            for (ids, ends), conversation in zip(rows, used, strict=True):
                 whole = np.array(ids, dtype=np.int32)
+                learned = [turn.trained for turn in conversation.turns if turn.role in ANSWERS]
                 tokens, trained = truncate(
                     whole,
                     ends,
                     cutoff_len=cutoff_len,
                     train_on_prompt=train_on_prompt,
                     mask_history=mask_history,
+                    learned=learned,
                 )
                 if not trained[1:].any():  # no token stands before the first one to predict it
-                    dropped.append((f"no answer left within cutoff_len {cutoff_len}", source))
+                    reason = f"no answer left within cutoff_len {cutoff_len}"
+                    if not any(learned[-1:] if mask_history else learned):
+                        reason = "no answer to learn: their weight is 0"
+                    dropped.append((reason, conversation.source))
                     continue
                 encoded.append((tokens, trained))
                 if len(tokens) < len(whole):
@@ -94,13 +105,22 @@ class Template:
             rest = turns[1:] if has_system else turns
             turns = [Turn("system", self.default_system), *rest]
 
-        texts, mark = mark_specials(self.tokenizer, [turn.text for turn in turns])
-        marked = [Turn(turn.role, text) for turn, text in zip(turns, texts, strict=True)]
+        if not self.split_special_tokens:
+            return Rendered(self.renderer.parts(turns))
+        given = [text for turn in turns for text in (turn.text, turn.before_calls)]
+        texts, mark = mark_specials(self.tokenizer, given)
+        marked = [
+            replace(turn, text=text, before_calls=before)
+            for turn, text, before in zip(turns, texts[0::2], texts[1::2], strict=True)
+        ]
         return Rendered(self.renderer.parts(marked), mark)
 
 
 def make_template(
-    name: str | None, tokenizer: Tokenizer, default_system: str | None = None
+    name: str | None,
+    tokenizer: Tokenizer,
+    default_system: str | None = None,
+    split_special_tokens: bool = True,
 ) -> Template:
     """A template of LLaMA-Factory's by its name, or for None the checkpoint's own.
 
@@ -111,7 +131,7 @@ def make_template(
         if tokenizer.chat_template is None:
             raise _template_error("the checkpoint has no chat template; say template: llama3")
         own = OwnTemplate(tokenizer.chat_template, tokenizer.named)
-        return Template(tokenizer, own, default_system, tokenizer.stop_ids)
+        return Template(tokenizer, own, default_system, tokenizer.stop_ids, split_special_tokens)
 
     if name not in NAMED:
         close = difflib.get_close_matches(name, NAMED, n=1)
@@ -130,7 +150,8 @@ def make_template(
     stops = {tokenizer.specials[token] for token in template.stops if token in tokenizer.specials}
     stop_ids = tuple(sorted({*tokenizer.stop_ids, *stops}))
     system = template.default_system if default_system is None else default_system
-    return Template(tokenizer, template.renderer(tokenizer.named), system, stop_ids)
+    renderer = template.renderer(tokenizer.named)
+    return Template(tokenizer, renderer, system, stop_ids, split_special_tokens)
 
 
 def _template_error(problem: str) -> RequestError:
@@ -139,11 +160,15 @@ def _template_error(problem: str) -> RequestError:
 
 
 def encode_texts(
-    tokenizer: Tokenizer, conversations: Sequence[Conversation], cutoff_len: int
+    tokenizer: Tokenizer,
+    conversations: Sequence[Conversation],
+    cutoff_len: int,
+    split_special_tokens: bool = True,
 ) -> list[Encoded]:
     """For stage pt: BOS, the text and EOS, all trained, cut into pieces of cutoff_len tokens.
 
     EOS is <|end_of_text|> where there is one, as in Llama's own training and in LLaMA-Factory.
+    split_special_tokens: see `Template`.
     """
     start = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     end = tokenizer.specials.get("<|end_of_text|>", tokenizer.eos_id)
@@ -151,8 +176,13 @@ def encode_texts(
     encoded: list[Encoded] = []
     for chunk in _chunks(conversations):
         texts = [turn.text for conversation in chunk for turn in conversation.turns]
-        for encoding in tokenizer.backend.encode_batch(texts, add_special_tokens=False):
-            tokens = np.array([*start, *encoding.ids, end], dtype=np.int32)
+        if split_special_tokens:
+            batch = tokenizer.backend.encode_batch(texts, add_special_tokens=False)
+            rows = [encoding.ids for encoding in batch]
+        else:
+            rows = [ids for ids, _ in encode(tokenizer, [Rendered([t]) for t in texts], True)]
+        for ids in rows:
+            tokens = np.array([*start, *ids, end], dtype=np.int32)
             for at in range(0, len(tokens), cutoff_len):
                 piece = tokens[at : at + cutoff_len]
                 if len(piece) > 1:  # a single token has nothing before it to be predicted from
@@ -169,6 +199,74 @@ def _chunks(conversations: Sequence[Conversation]) -> Iterator[Sequence[Conversa
             bar.update(min(CHUNK, total - begin))
 
 
+def _check_nothing_lost(turns: Sequence[Turn], rendered: Rendered) -> None:
+    """Raises BadRow if the template left out the text of a turn.
+
+    A template may change white space, and write a text as JSON. Templates that know no calls write
+    such an answer as an empty one, and some leave out what an answer says before "</think>".
+    """
+    index = 0
+    for turn in turns:
+        is_answer = turn.role in ANSWERS
+        part = "".join(rendered.parts[index + is_answer])
+        if rendered.mark:
+            part = part.replace(rendered.mark, "")
+        squeezed = _squeezed(part)
+        texts = list(_texts_of(turn))
+        if is_answer and turn is not turns[-1]:
+            # Qwen3 writes earlier answers without what they thought; only the last one keeps it.
+            texts = [text.rpartition("</think>")[2] for text in texts]
+        if not all(text in part or _stands_in(text, squeezed) for text in texts):
+            what = "an answer" if is_answer else f"a {turn.role} message"
+            raise BadRow(f"the template leaves out text of {what}")
+        index += 2 * is_answer
+
+
+def _texts_of(turn: Turn) -> Iterator[str]:
+    """What must stand in the text of a turn. Of calls: their names, and arguments that are text."""
+    if turn.role != "call":
+        yield turn.text
+        return
+    yield turn.before_calls
+    for call in json.loads(turn.text):
+        yield call["name"]
+        yield from call["arguments"]
+        yield from (value for value in call["arguments"].values() if isinstance(value, str))
+
+
+def _stands_in(text: str, squeezed: str) -> bool:
+    """Whether a text stands in another one without white space, as it is or as JSON writes it."""
+    forms = (text, json.dumps(text, ensure_ascii=False)[1:-1], json.dumps(text)[1:-1])
+    return any(_squeezed(form) in squeezed for form in forms)
+
+
+def _squeezed(text: str) -> str:
+    """The text without its white space."""
+    return "".join(text.split())
+
+
+def special_text_note(
+    tokenizer: Tokenizer, conversations: Sequence[Conversation], split_special_tokens: bool
+) -> tuple[str, ...]:
+    """A line about rows that hold the text of special tokens, and what becomes of it; or none."""
+    rows = 0
+    found: dict[str, None] = {}  # in the order in which they are met
+    for conversation in conversations:
+        texts = (text for turn in conversation.turns for text in (turn.text, turn.before_calls))
+        tokens = [token for text in texts for token in tokenizer.pattern.findall(text)]
+        rows += bool(tokens)
+        found |= dict.fromkeys(tokens)
+    if not rows:
+        return ()
+
+    names = ", ".join([*list(found)[:MOST_NAMES], *(["..."] if len(found) > MOST_NAMES else [])])
+    fate = "are plain characters; with split_special_tokens: false they are special tokens"
+    if not split_special_tokens:
+        fate = "are special tokens (split_special_tokens: false)"
+    holds = "row holds" if rows == 1 else "rows hold"
+    return (f"{rows} {holds} the text of special tokens ({names}), which {fate}",)
+
+
 def truncate(
     tokens: Int32s,
     ends: Sequence[int],
@@ -176,30 +274,32 @@ def truncate(
     cutoff_len: int,
     train_on_prompt: bool,
     mask_history: bool,
+    learned: Sequence[bool],
 ) -> Encoded:
     """At most cutoff_len of a conversation's tokens, and which of them are trained.
 
     tokens: (N,) int32. ends: where its parts end: source, answer, source, answer, ...
+    learned: whether each answer is to be learned at all.
 
     Turn by turn, source and answer are cut to what `split_room` gives them of the room that is
     left. With mask_history the last turn goes first, and only its answer is trained.
     Source: LLaMA-Factory, data/processor/supervised.py.
     """
     edges = [0, *ends]
-    turns = list(zip(edges[0::2], edges[1::2], edges[2::2], strict=False))
+    turns = list(zip(edges[0::2], edges[1::2], edges[2::2], learned, strict=False))
     if mask_history:
         turns.reverse()
 
     pieces_of_turns: list[list[tuple[Int32s, bool]]] = []
     room = cutoff_len
-    for start, middle, end in turns:
+    for start, middle, end, is_learned in turns:
         if room <= 0:
             break
         source, answer = split_room(middle - start, end - middle, room)
         room -= source + answer
         is_history = mask_history and len(pieces_of_turns) > 0
         question = (tokens[start : start + source], train_on_prompt)
-        reply = (tokens[middle : middle + answer], not is_history)
+        reply = (tokens[middle : middle + answer], is_learned and not is_history)
         pieces_of_turns.append([question, reply])
 
     if mask_history:

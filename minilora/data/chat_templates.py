@@ -9,6 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
+from itertools import groupby
+from os.path import commonprefix
 from typing import Any, NoReturn
 
 import jinja2
@@ -30,6 +32,10 @@ MOST_BITS = 1000  # of a number that a template multiplies
 
 REMEDY = "use template: llama3, or another template"
 
+# What LLaMA-Factory writes between the results of tools that were called together
+# (data/converter.py).
+BETWEEN_RESULTS = "\n</tool_response>\n<tool_response>\n"
+
 
 @dataclass(frozen=True)
 class Llama3:
@@ -50,12 +56,12 @@ class Llama3:
         """
         parts: list[str] = []
         source = self.bos
-        for turn in turns:
+        for turn in _results_joined(turns):
             if turn.role == "system":
                 if turn.text:
                     source += self._message("system", turn.text)
             elif turn.role in ANSWERS:
-                text = turn.text if turn.role == "assistant" else self._call(turn.text)
+                text = turn.text if turn.role == "assistant" else self._call(turn)
                 parts += [source, f"{text}<|eot_id|>"]
                 source = ""
             else:
@@ -69,12 +75,14 @@ class Llama3:
         return f"<|start_header_id|>{role}<|end_header_id|>\n\n{text}<|eot_id|>"
 
     @staticmethod
-    def _call(text: str) -> str:
+    def _call(turn: Turn) -> str:
         """Calls of tools as Llama 3.1 writes them: one as an object, several as a list."""
         calls = [
-            {"name": call["name"], "parameters": call["arguments"]} for call in json.loads(text)
+            {"name": call["name"], "parameters": call["arguments"]}
+            for call in json.loads(turn.text)
         ]
-        return json.dumps(calls[0] if len(calls) == 1 else calls, ensure_ascii=False)
+        text = json.dumps(calls[0] if len(calls) == 1 else calls, ensure_ascii=False)
+        return turn.before_calls + text
 
 
 @dataclass(frozen=True)
@@ -129,6 +137,8 @@ class OwnTemplate:
             source = _cut(before, pairs)[-1]
             with_answer = self._render(messages[: index + 1], add_generation_prompt=False)
             *earlier, rest = _cut(with_answer, pairs)
+            if not pairs and not rest.startswith(source):
+                self._check_opening(messages[:index], source, rest)
             answer = _rest(rest, source)
             pairs.append((source, answer))
             parts = [*earlier, source, answer]
@@ -136,6 +146,24 @@ class OwnTemplate:
         if turns[-1].role not in ANSWERS:
             parts = _cut(self._render(messages, add_generation_prompt=True), pairs)
         return parts
+
+    def _check_opening(self, messages: list[dict[str, Any]], before: str, done: str) -> None:
+        """Name a template that opens answers with words that it leaves out of finished ones.
+
+        messages: those before an answer. before: their text, as a prompt. done: with the answer.
+        DeepSeek's R1 models have such a template: a prompt ends with "<think>". Raises
+        RequestError.
+        """
+        shared = len(commonprefix([before, done]))
+        if shared >= len(self._render(messages, add_generation_prompt=False)):
+            raise RequestError(
+                [
+                    f"chat template: it opens an answer with {before[shared:]!r} when it asks for "
+                    "one, and leaves that out of an answer that is there, so the model would be "
+                    "trained on other text than it is asked with; put a chat_template.jinja "
+                    "beside the weights that writes both alike"
+                ]
+            )
 
     def _render(self, messages: list[dict[str, Any]], add_generation_prompt: bool) -> str:
         """The text of these messages. Raises BadRow, or RequestError past one of the limits."""
@@ -219,11 +247,21 @@ def _bounded() -> Iterator[None]:
         signal.signal(signal.SIGVTALRM, before)
 
 
+def _results_joined(turns: Sequence[Turn]) -> Iterator[Turn]:
+    """The turns, with results of tools that follow each other made one, as in LLaMA-Factory."""
+    for is_tool, group in groupby(turns, key=lambda turn: turn.role == "tool"):
+        if is_tool:
+            yield Turn("tool", BETWEEN_RESULTS.join(turn.text for turn in group))
+        else:
+            yield from group
+
+
 def _message(turn: Turn) -> dict[str, Any]:
     """A turn in the form that chat templates expect."""
     if turn.role == "call":
         calls = [{"type": "function", "function": call} for call in json.loads(turn.text)]
-        return {"role": "assistant", "tool_calls": calls}
+        said = {"content": turn.before_calls} if turn.before_calls else {}
+        return {"role": "assistant", **said, "tool_calls": calls}
     return {"role": turn.role, "content": turn.text}
 
 

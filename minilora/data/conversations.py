@@ -6,6 +6,7 @@ The meaning of every column follows LLaMA-Factory (data/converter.py).
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,12 @@ ROLES = {
 QUESTIONS = ("user", "tool")
 ANSWERS = ("assistant", "call")
 
+# Fields of a message that other programs train on, or show to the model, and this one does not.
+UNREAD_FIELDS = ("audio", "images", "reasoning", "reasoning_content", "refusal", "thinking")
+# What a model thinks before it calls tools. LLaMA-Factory's formatter lets it stand before the
+# JSON text of the calls.
+THOUGHT = re.compile(r"\s*<think>.*?</think>\s*", re.DOTALL)
+
 
 @dataclass(frozen=True)
 class Turn:
@@ -28,16 +35,21 @@ class Turn:
 
     role: system, user, assistant, tool (the result of a call), call (of tools, by the assistant),
     or text for stage pt. The text of a call is a JSON list of {"name": ..., "arguments": {...}}.
+    before_calls: what the assistant says before a call.
+    trained: False for an answer that is not to be learned ("weight": 0 in OpenAI's files).
     """
 
     role: str
     text: str
+    before_calls: str = ""
+    trained: bool = True
 
 
 @dataclass(frozen=True)
 class Conversation:
     """Perhaps a system turn, then questions and answers in turn.
 
+    Where a call asks for several tools, their results are several turns, one question together.
     source: the file and the line or row it comes from.
     """
 
@@ -111,13 +123,46 @@ def _message(message: Mapping[str, Any], tags: Mapping[str, str]) -> Turn:
     if not isinstance(name, str) or name not in roles:
         raise BadRow(f"role {name!r} is none of {', '.join(roles)}")
 
+    for field in UNREAD_FIELDS:
+        if message.get(field):
+            raise BadRow(f"a message has {field}, which is not read; write it into the content")
+    trained = _trained(message)
+
     # OpenAI's files have calls in a field of their own, LLaMA-Factory's as the text of a role.
-    if message.get("tool_calls"):
-        return Turn("call", _calls(message["tool_calls"]))
-    text = _text(_field(message, tags["content_tag"]))
+    calls = message.get("tool_calls") or message.get("function_call")
+    if calls:
+        said = message.get(tags["content_tag"])
+        return Turn("call", _calls(calls), "" if said is None else _content(said), trained)
+    text = _content(_field(message, tags["content_tag"]))
     if roles[name] != "call":
-        return Turn(roles[name], text)
-    return Turn("call", _calls(_parsed(text, "a tool call is not JSON")))
+        return Turn(roles[name], text, trained=trained)
+    thought = THOUGHT.match(text)
+    before = thought[0] if thought else ""
+    calls = _parsed(text[len(before) :], "a tool call is not JSON")
+    return Turn("call", _calls(calls), before, trained)
+
+
+def _trained(message: Mapping[str, Any]) -> bool:
+    """Whether a message is to be learned, by OpenAI's field `weight`: 0 or 1, and 1 by default."""
+    weight = message.get("weight")
+    if weight is None:
+        return True
+    if isinstance(weight, bool) or weight not in (0, 1):
+        raise BadRow("weight is neither 0 nor 1")
+    return bool(weight)
+
+
+def _content(value: Any) -> str:
+    """The text of a message: text, or a list of parts as OpenAI's files have it, all of text."""
+    if not isinstance(value, list):
+        return _text(value)
+    texts = []
+    for part in value:
+        kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+        if kind != "text":
+            raise BadRow(f"content of type {str(kind)[:40]} cannot be read, only text")
+        texts.append(_text(_field(part, "text")))
+    return "".join(texts)
 
 
 def _calls(calls: Any) -> str:
@@ -176,10 +221,17 @@ def _text(value: Any) -> str:
 def _checked(turns: list[Turn]) -> tuple[Turn, ...]:
     """The turns, if after a system turn questions and answers alternate and an answer is last."""
     rest = turns[1:] if turns and turns[0].role == "system" else turns
-    for index, turn in enumerate(rest):
+
+    # Results of tools that were called together follow each other, and count as one question.
+    roles = [
+        turn.role
+        for index, turn in enumerate(rest)
+        if not (index > 0 and turn.role == rest[index - 1].role == "tool")
+    ]
+    for index, role in enumerate(roles):
         expected = QUESTIONS if index % 2 == 0 else ANSWERS
-        if turn.role not in expected:
+        if role not in expected:
             raise BadRow("questions and answers do not alternate")
-    if not rest or len(rest) % 2 != 0:
+    if not roles or len(roles) % 2 != 0:
         raise BadRow("no answer at the end")
     return tuple(turns)

@@ -18,6 +18,7 @@ from minilora.data.sources import (
     OPTIONAL_COLUMNS,
     REQUIRED_COLUMNS,
     SHAREGPT_TAGS,
+    UNREAD_COLUMNS,
     Row,
     Source,
     find_sources,
@@ -37,11 +38,13 @@ class Tally:
     """How many rows are used, and for each reason to drop rows, the places of those rows.
 
     cut: of the rows that are used but were too long, how many tokens each lost.
+    notes: what else is to be said of them.
     """
 
     kept: int
     dropped: Mapping[str, tuple[str, ...]]
     cut: tuple[int, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, kept: int, dropped: Iterable[tuple[str, str]], cut: Iterable[int] = ()) -> Tally:
@@ -66,7 +69,7 @@ class Tally:
         places = dict(self.dropped)
         for reason, more in later.dropped.items():
             places[reason] = places.get(reason, ()) + more
-        return Tally(later.kept, places, later.cut)
+        return Tally(later.kept, places, later.cut, self.notes + later.notes)
 
     @property
     def number_dropped(self) -> int:
@@ -81,6 +84,7 @@ class Tally:
             if len(places) > PLACES_SHOWN:
                 shown.append("...")
             parts.append(f"{len(places)}: {reason} ({', '.join(shown)})")
+        parts += self.notes
         if self.cut:
             parts.append(f"{len(self.cut)} cut, by {sum(self.cut):,} tokens in all")
         return "; ".join(parts)
@@ -133,15 +137,8 @@ def _converter(source: Source, rows: list[Row], stage: str) -> Callable[[Any], t
     found = set(chain.from_iterable(row.value for row in rows if isinstance(row.value, dict)))
     formatting = _formatting(source, found, stage)
 
-    # An entry of dataset_info.json says which columns to read, and may leave out the tools. Of a
-    # file without an entry everything is meant to be read, and tools cannot be.
-    if formatting != "text" and source.formatting is None and _any_tools(rows):
-        raise RequestError(
-            [
-                f"{source.path}: rows have tools, which would be left out of the prompt; write them"
-                " into the system message, or remove the column"
-            ]
-        )
+    if formatting != "text":
+        _check_unread(source, rows)
 
     tags = OPENAI_TAGS if formatting == "openai" else SHAREGPT_TAGS
     return partial(
@@ -152,10 +149,28 @@ def _converter(source: Source, rows: list[Row], stage: str) -> Callable[[Any], t
     )
 
 
-def _any_tools(rows: list[Row]) -> bool:
-    """Whether some row describes tools; LLaMA-Factory writes an empty list as text."""
-    given = (row.value.get("tools") for row in rows if isinstance(row.value, dict))
-    return any(tools and tools != "[]" for tools in given)
+def _check_unread(source: Source, rows: list[Row]) -> None:
+    """Raises RequestError if some row has tools or media, which would be left out of the prompt.
+
+    An entry of dataset_info.json says which columns to read, and may leave these out. Of a file
+    without an entry everything is meant to be read.
+    """
+    columns = {key: source.columns.get(key, "") for key in UNREAD_COLUMNS}
+    if source.formatting is None:
+        columns = {key: key for key in UNREAD_COLUMNS}
+    remedies = {"tools": "write them into the system message, or remove the column"}
+
+    problems = []
+    for key, name in columns.items():
+        given = (row.value.get(name) for row in rows if isinstance(row.value, dict))
+        # LLaMA-Factory writes an empty list of tools as text.
+        if any(value and value != "[]" for value in given):
+            remedy = remedies.get(key, "only text can be trained; remove the column")
+            problems.append(
+                f"{source.path}: rows have {key}, which would be left out of the prompt; {remedy}"
+            )
+    if problems:
+        raise RequestError(problems)
 
 
 def _formatting(source: Source, found: set[str], stage: str) -> str:
@@ -185,7 +200,7 @@ def _columns(source: Source, formatting: str, found: set[str]) -> dict[str, str]
     As in LLaMA-Factory an entry of dataset_info.json reads only the optional columns it names, or
     `input` if it names no columns at all; a bare file is read for all of them.
     """
-    named = dict(source.columns)
+    named = {key: name for key, name in source.columns.items() if key not in UNREAD_COLUMNS}
     if formatting == "text":
         named = {key: name for key, name in named.items() if key == "prompt"}
     columns = {**REQUIRED_COLUMNS[formatting], **named}

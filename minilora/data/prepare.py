@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from minilora.data.chat import encode_texts, make_template, show
+from minilora.data.chat import encode_texts, make_template, show, special_text_note
 from minilora.data.datasets import Tally, read_conversations
 from minilora.data.documents import Documents, Encoded
 from minilora.data.schedule import permutation
@@ -72,10 +72,12 @@ def _read_and_encode(
     """The documents of the named datasets, and how many rows were used, dropped and cut."""
     data, stage = settings.data, settings.method.stage
     conversations, tally = read_conversations(names, data, stage)
+    split = data.split_special_tokens
+    tally = replace(tally, notes=special_text_note(tokenizer, conversations, split))
     if stage == "pt":
-        return encode_texts(tokenizer, conversations, data.cutoff_len), tally
+        return encode_texts(tokenizer, conversations, data.cutoff_len, split), tally
 
-    template = make_template(data.template, tokenizer, data.default_system)
+    template = make_template(data.template, tokenizer, data.default_system, split)
     encoded, later_tally = template.encode(
         conversations,
         cutoff_len=data.cutoff_len,

@@ -39,10 +39,15 @@ REQUIRED_COLUMNS = {
 }
 OPTIONAL_COLUMNS = {"query": "input", "history": "history", "system": "system"}
 
-# What an entry of dataset_info.json may have. file_sha1 is for LLaMA-Factory's downloads alone.
+# Columns that an entry may name as long as no row has anything in them, by LLaMA-Factory's keys.
+UNREAD_COLUMNS = ("tools", "images", "videos", "audios")
+
+# What an entry of dataset_info.json may have. file_sha1 is for LLaMA-Factory's downloads alone, and
+# a local file is its only split.
 ENTRY_KEYS = {"file_name", "formatting", "columns", "tags", "num_samples", "file_sha1"}
+HARMLESS_ENTRIES = {"split": "train", "subset": "default", "load_from": "file"}
 FORMATTINGS = ("alpaca", "sharegpt", "openai")
-COLUMN_KEYS = {"prompt", "response", "messages", *OPTIONAL_COLUMNS}
+COLUMN_KEYS = {"prompt", "response", "messages", *OPTIONAL_COLUMNS, *UNREAD_COLUMNS}
 SUFFIXES = (".json", ".jsonl", ".txt")
 
 MOST_BROKEN_LINES = 5  # of one file that are reported one by one
@@ -141,9 +146,9 @@ def _from_entry(name: str, entry: Any, info_path: Path) -> Source:
         raise RequestError([f"{where}: {problem}" for problem in problems])
     return Source(
         path,
-        entry.get("formatting", "alpaca"),
-        entry.get("columns", {}),
-        entry.get("tags", {}),
+        entry.get("formatting") or "alpaca",
+        _named(entry.get("columns") or {}),
+        _named(entry.get("tags") or {}),
         entry.get("num_samples"),
     )
 
@@ -151,15 +156,20 @@ def _from_entry(name: str, entry: Any, info_path: Path) -> Source:
 def _entry_problems(entry: Mapping[str, Any], path: Path) -> list[str]:
     """What is wrong with an entry of dataset_info.json whose rows are in the file `path`."""
     problems = []
-    formatting = entry.get("formatting", "alpaca")
+    formatting = entry.get("formatting") or "alpaca"
     if formatting not in FORMATTINGS:
         problems.append(f"formatting {formatting!r} is not one of {', '.join(FORMATTINGS)}")
 
     # A key that is false or empty asks for nothing.
-    if unknown := [key for key in entry if key not in ENTRY_KEYS and entry[key]]:
+    unknown = [
+        key
+        for key, value in entry.items()
+        if key not in ENTRY_KEYS and value and value != HARMLESS_ENTRIES.get(key)
+    ]
+    if unknown:
         problems.append(f"not supported: {', '.join(unknown)}; remove it from the entry")
-    problems += _table_problems("columns", entry.get("columns", {}), COLUMN_KEYS)
-    problems += _table_problems("tags", entry.get("tags", {}), set(SHAREGPT_TAGS))
+    problems += _table_problems("columns", entry.get("columns") or {}, COLUMN_KEYS)
+    problems += _table_problems("tags", entry.get("tags") or {}, set(SHAREGPT_TAGS))
 
     samples = entry.get("num_samples")
     if samples is not None and (type(samples) is not int or samples < 1):
@@ -169,10 +179,16 @@ def _entry_problems(entry: Mapping[str, Any], path: Path) -> list[str]:
     return problems
 
 
+def _named(table: Mapping[str, Any]) -> dict[str, str]:
+    """The columns or tags that have a name; an empty one says that there is no such column."""
+    return {key: name for key, name in table.items() if name}
+
+
 def _table_problems(key: str, table: Any, allowed: set[str]) -> list[str]:
     """What is wrong with the columns or the tags of an entry."""
-    if not isinstance(table, dict) or not all(isinstance(v, str) for v in table.values()):
+    if not isinstance(table, dict) or not all(isinstance(v or "", str) for v in table.values()):
         return [f"{key} must be an object whose values are names"]
+    table = _named(table)
     if unknown := sorted(set(table) - allowed):
         return [f"{key} not supported: {', '.join(unknown)}; remove it from the entry"]
     return []

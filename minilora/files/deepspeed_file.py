@@ -1,13 +1,12 @@
 """The DeepSpeed file: found, checked against the run's settings, its "auto" values filled in.
 
 "auto" means what it means in the HF Trainer (transformers' integrations/deepspeed.py), so that a
-file which was written for the Trainer or for LLaMA-Factory works unchanged. What else the file says
-is handed on to DeepSpeed as it is.
+file which was written for the Trainer or for LLaMA-Factory works unchanged. What becomes of every
+other key stands in deepspeed_keys.py.
 """
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -16,26 +15,15 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from minilora.files.deepspeed_keys import key_problems, what_deepspeed_gets
 from minilora.settings.errors import RequestError
 from minilora.settings.settings import TrainSettings
 from minilora.settings.text_files import read_json
 
 SHIPPED = resources.files("minilora") / "ds_configs"
-# The keys of DeepSpeed's that this program can go with. DeepSpeed itself ignores a key that it
-# does not know, and with a misspelt zero_optimization it would train without ZeRO.
-KNOWN_KEYS = frozenset(
-    """
-    aio bf16 comet comms_logger communication_data_type csv_monitor data_types disable_allgather
-    dump_state flops_profiler fp16 gradient_accumulation_steps gradient_clipping
-    gradient_predivide_factor memory_breakdown optimizer prescale_gradients scheduler
-    steps_per_print tensorboard train_batch_size train_micro_batch_size_per_gpu
-    wall_clock_breakdown wandb zero_allow_untested_optimizer zero_force_ds_cpu_optimizer
-    zero_optimization
-    """.split()
-)
 # Keys that are checked and then left out, since the program itself sees to what they say: it
 # brings AdamW and the learning rate, trains in bf16 or fp32, and accumulates gradients.
-LEFT_OUT = ("optimizer", "scheduler", "fp16", "train_batch_size")
+LEFT_OUT = ("data_types", "optimizer", "scheduler", "fp16", "train_batch_size")
 # Values of `report_to`: DeepSpeed's section for each, and the package it needs.
 MONITORS = {
     "tensorboard": ("tensorboard", "tensorboard"),
@@ -101,18 +89,16 @@ def resolve_ds_config(path: Path, train: TrainSettings, facts: Facts) -> dict[st
     Raises RequestError naming every key that is unknown, of no use, or contradicts the settings.
     """
     config = read_json(path)
-    problems = [*_unknown_keys(config), *_unusable_values(config)]
-    if problems:
-        # The checks below look into sections, which must be objects.
-        raise RequestError([f"{path}: {problem}" for problem in sorted(problems)])
+    problems = [*key_problems(config), *_unusable_values(config)]
+    config = what_deepspeed_gets(config)
 
     from_settings = _values_from_settings(train, facts)
     for key, value in {**from_settings, **_sizes_from_model(facts.hidden_size)}.items():
         _replace_auto(config, key, value)
-    problems = [
+    problems += [
         *_contradictions(config, from_settings),
         *_foreign_scheduler(config),
-        *_foreign_precision(config),
+        *_foreign_precision(config, facts),
         *_foreign_optimizer(config),
     ]
     config = {key: value for key, value in config.items() if key not in LEFT_OUT}
@@ -177,6 +163,12 @@ def _holder_of(config: dict[str, Any], key: str) -> tuple[dict[str, Any], str]:
     return holder, last
 
 
+def _section(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """A section of the file; an empty one where the file has none, or something else there."""
+    section = config.get(key)
+    return section if isinstance(section, dict) else {}
+
+
 def _replace_auto(config: dict[str, Any], key: str, value: Any) -> None:
     """Put the value where the file says "auto"."""
     holder, last = _holder_of(config, key)
@@ -187,27 +179,18 @@ def _replace_auto(config: dict[str, Any], key: str, value: Any) -> None:
 # The checks. Each yields what is wrong with the file, a line for each problem.
 
 
-def _unknown_keys(config: Mapping[str, Any]) -> Iterator[str]:
-    for key in config:
-        if key not in KNOWN_KEYS:
-            close = difflib.get_close_matches(key, KNOWN_KEYS, n=1, cutoff=0.8)
-            hint = f"did you mean {close[0]}?" if close else "remove it"
-            yield f"{key} is not a key of DeepSpeed's that is used here: {hint}"
-
-
 def _unusable_values(config: Mapping[str, Any]) -> Iterator[str]:
-    """Sections that are no objects, stages that ZeRO has not, and offloading to NVMe."""
-    for key in ("zero_optimization", "bf16", "fp16", "optimizer"):
-        if not isinstance(config.get(key, {}), dict):
-            yield f"{key} is {json.dumps(config[key])}; an object {{...}} is needed"
+    """Stages that ZeRO has not, and offloading to other places than host memory."""
     zero = config.get("zero_optimization")
     if not isinstance(zero, dict):
         return
-    for key, part in zero.items():
-        if isinstance(part, dict) and part.get("device") == "nvme":
-            yield f'zero_optimization.{key}.device is "nvme"; say "cpu" or "none"'
+    for key in ("offload_param", "offload_optimizer"):
+        section = zero.get(key)
+        device = section.get("device") if isinstance(section, dict) else None
+        if isinstance(device, str) and device not in ("cpu", "none"):
+            yield f'zero_optimization.{key}.device is "{device}"; say "cpu" or "none"'
     stage = zero.get("stage", 0)
-    if type(stage) is not int or stage not in (0, 1, 2, 3):
+    if stage != "auto" and (type(stage) is not int or stage not in (0, 1, 2, 3)):
         yield f"zero_optimization.stage is {json.dumps(stage)}; say 0, 1, 2 or 3"
 
 
@@ -226,14 +209,23 @@ def _foreign_scheduler(config: Mapping[str, Any]) -> Iterator[str]:
         yield "scheduler: remove it; lr_scheduler_type and warmup_steps say the schedule"
 
 
-def _foreign_precision(config: Mapping[str, Any]) -> Iterator[str]:
-    enabled = config.get("fp16", {}).get("enabled")
+def _foreign_precision(config: Mapping[str, Any], facts: Facts) -> Iterator[str]:
+    enabled = _section(config, "fp16").get("enabled")
     if enabled not in (None, False, "auto"):
         yield "fp16.enabled: minilora trains in bf16 or fp32; remove the fp16 section"
 
+    # With fp32 sums beside bf16, DeepSpeed takes another optimizer, or refuses at stage 2.
+    asked = _section(config, "data_types").get("grad_accum_dtype")
+    own = "bf16" if facts.bf16 else "fp32"
+    if asked not in (None, "auto", own):
+        yield (
+            f"data_types.grad_accum_dtype is {json.dumps(asked)}; gradients have the dtype of the "
+            f"run, {own}: remove it"
+        )
+
 
 def _foreign_optimizer(config: Mapping[str, Any]) -> Iterator[str]:
-    kind = config.get("optimizer", {}).get("type", "AdamW")
+    kind = _section(config, "optimizer").get("type", "AdamW")
     if kind not in ("AdamW", "Adam"):
         yield f"optimizer.type is {kind}: minilora trains with AdamW; remove the section"
 

@@ -19,6 +19,7 @@ from typing import Any
 from tqdm import tqdm
 
 from minilora.report.curves import LOG, PICTURE, draw_loss, read_log
+from minilora.settings.keys import steps_of
 from minilora.settings.settings import TrainSettings
 from minilora.settings.terminal import progress_bar
 
@@ -180,7 +181,8 @@ class Report:
 
     def writes_at(self, step: int) -> bool:
         """Whether a log line is due after this step."""
-        return step % self._train.logging_steps == 0 or step == self._total_steps
+        every = steps_of(self._train.logging_steps, self._total_steps)
+        return step % every == 0 or step == self._total_steps
 
     def finish(self, **more: float) -> None:
         """Close the bar; write train_results.json, with more in it, and draw training_loss.png.

@@ -9,14 +9,21 @@ import difflib
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import Field, fields
 from typing import Any
 
 from minilora.settings.errors import RequestError
 from minilora.settings.fields import BOOLEANS, kind_of, typed
-from minilora.settings.foreign_keys import IGNORED, IGNORED_PREFIXES, OFF, REFUSED, asks_for_nothing
+from minilora.settings.foreign_keys import (
+    ALIASES,
+    IGNORED,
+    IGNORED_PREFIXES,
+    OFF,
+    REFUSED,
+    asks_for_nothing,
+)
 from minilora.settings.keys import GROUPS, all_settings
-from minilora.settings.settings import Settings
+from minilora.settings.settings import ContradictionError, Settings
 from minilora.settings.settings_file import NULL, Given, Raw, read_file
 
 # The keys without a default, by command.
@@ -131,14 +138,17 @@ def _value_after(words: list[str], kind: type | None) -> str | None:
 def _settings_of(given: Mapping[str, Given]) -> tuple[Settings, list[str]]:
     """Type and check the given values; where there are problems the settings mean nothing."""
     known, problems, notices = _without_foreign_keys(given)
+    # Keys that were given in a way that cannot be read; their defaults say nothing of the request.
+    unread = _perhaps_meant(given)
 
     values: dict[str, Any] = {}
     for _, item in all_settings():
-        if item.name in known and known[item.name].raw is not None:
+        if item.name in known and not _says_nothing(item, known[item.name].raw):
             try:
                 values[item.name] = typed(item, known[item.name].raw)
             except ValueError as error:
                 problems.append(f"{item.name} ({known[item.name].origin}): {error}")
+                unread.add(item.name)
 
     schedule = values.get("lr_scheduler_type")
     if schedule == "constant" and (values.get("warmup_steps") or values.get("warmup_ratio")):
@@ -151,8 +161,26 @@ def _settings_of(given: Mapping[str, Given]) -> tuple[Settings, list[str]]:
     origins = {key: known[key].origin for key in values}
     try:
         return Settings(**groups, notices=tuple(notices), origins=origins), problems
+    except ContradictionError as error:
+        # A contradiction with the default of such a key would be a second error that is none.
+        sound = [line for line in error.problems if not any(key in line for key in unread)]
+        return Settings(), problems + sound
     except RequestError as error:
         return Settings(), problems + list(error.problems)
+
+
+def _says_nothing(item: Field[Any], raw: Raw) -> bool:
+    """Whether a value leaves a setting at its default: null, or an empty list that means none."""
+    optional = item.default is None or item.default in ((), ("none",))
+    return raw is None or (kind_of(item)[0] is tuple and optional and raw in ([], "[]"))
+
+
+def _perhaps_meant(given: Mapping[str, Given]) -> set[str]:
+    """The settings that misspelt keys were perhaps meant to be."""
+    names = [item.name for _, item in all_settings()]
+    strangers = (key for key in given if key not in names and key not in ALIASES)
+    close = (difflib.get_close_matches(key, names, n=1) for key in strangers)
+    return {match[0] for match in close if match}
 
 
 def _without_foreign_keys(
@@ -169,6 +197,11 @@ def _without_foreign_keys(
         where = f"{key} ({value.origin})"
         if key in names:
             settings.setdefault(key, value)
+        elif key in ALIASES:
+            name = ALIASES[key]
+            if name in given and given[name].raw != value.raw:
+                problems.append(f"{where} is the older name of {name}; give one of them")
+            settings.setdefault(name, value)
         elif key == "neat_packing":
             if not asks_for_nothing(value.raw, OFF):
                 settings["packing"] = Given("true", value.origin)
@@ -182,7 +215,7 @@ def _without_foreign_keys(
         elif key in IGNORED or key.startswith(IGNORED_PREFIXES):
             ignored.append(key)
         else:
-            known = [*names, "neat_packing", *REFUSED, *IGNORED]
+            known = [*names, "neat_packing", *ALIASES, *REFUSED, *IGNORED]
             close = difflib.get_close_matches(key, known, n=1)
             hint = f"did you mean {close[0]}?" if close else "--help lists every key"
             problems.append(f"{where} is not a known key: {hint}")

@@ -51,15 +51,23 @@ def setting(
     *,
     choices: tuple[str, ...] = (),
     pattern: bool = False,
+    share: bool = False,
     **limits: float,
 ) -> Any:
     """Declare one setting.
 
     text: its line of --help; choices: the only values allowed; limits: see LIMITS
     pattern: text that is not a list of plain names stays as it is, commas and all
+    share: a whole number of steps, or below 1 a share of the run
     """
     assert limits.keys() <= LIMITS.keys(), limits
-    metadata = {"help": text, "choices": choices, "limits": limits, "pattern": pattern}
+    metadata = {
+        "help": text,
+        "choices": choices,
+        "limits": limits,
+        "pattern": pattern,
+        "share": share,
+    }
     return field(default=default, metadata=metadata)
 
 
@@ -84,6 +92,8 @@ def typed(item: Field[Any], raw: object) -> Any:
             return _names(raw, item.metadata["pattern"])
         if kind is dict:
             return _numbers_by_name(raw)
+        if isinstance(raw, str) and item.metadata["share"]:
+            return _steps_or_share(raw)
         if isinstance(raw, str):
             return _scalar(raw, kind)
     except (KeyError, ValueError, RecursionError):
@@ -101,6 +111,12 @@ def _scalar(raw: str, kind: type) -> bool | int | float | str:
     if kind is float:
         return float(text)
     return raw
+
+
+def _steps_or_share(raw: str) -> int | float:
+    """A number of steps as a whole number, so that 500 is not shown as 500.0."""
+    number = float(raw)
+    return int(number) if number.is_integer() else number
 
 
 def _names(raw: object, pattern: bool) -> tuple[str, ...]:
@@ -154,6 +170,9 @@ def value_problems(item: Field[Any], value: Any, name: str) -> list[str]:
         return [f"{name}: {value} is out of range"]
     if kind is str and (not value or "\0" in value):
         return [f"{name}: {value!r} is no usable text; leave the key out for its default"]
+
+    if item.metadata["share"] and value >= 1 and value != int(value):
+        return [f"{name}: {value} is neither a whole number of steps nor a share below 1"]
 
     choices = item.metadata["choices"]
     for part in value if kind is tuple else [value]:

@@ -33,6 +33,7 @@ REFUSED: Mapping[str, Refusal] = {
         ("adapter_folder", (), "give the whole path as adapter_name_or_path"),
         ("add_special_tokens", OFF, "use tokens that the tokenizer already has"),
         ("add_tokens", OFF, "use tokens that the tokenizer already has"),
+        ("new_special_tokens", OFF, "use tokens that the tokenizer already has"),
         ("auto_find_batch_size", OFF, "set tile_tokens, which bounds memory at any batch size"),
         ("create_new_adapter", OFF, "merge the first adapter with minilora.merge, then train"),
         ("data_seed", (), "seed decides the data order too"),
@@ -40,16 +41,20 @@ REFUSED: Mapping[str, Refusal] = {
         ("do_predict predict_with_generate", OFF, "use minilora.generate after the training"),
         ("do_train", ON, "set it to true; minilora.generate answers, minilora.plan plans"),
         ("enable_thinking", ON, "use template: qwen3_nothink, which adds no thoughts to answers"),
-        ("evaluation_strategy", OFF, "the key is eval_strategy now"),
         ("finetuning_type", ("lora",), "set it to lora, the only kind trained here"),
         ("fp16 fp8", OFF, "use bf16: true"),
-        ("fsdp use_kt use_mca", OFF, "use deepspeed, which splits the weights over the GPUs"),
+        (
+            "fsdp parallelism_config use_kt use_mca",
+            OFF,
+            "use deepspeed, which splits the weights over the GPUs",
+        ),
         ("full_determinism", OFF, "remove it; on a CPU the same seed gives the same bytes"),
         ("init_special_tokens", ("noise_init",), "use tokens that the tokenizer already has"),
         ("interleave_probs", OFF, "bring the datasets to the sizes you want, then list them"),
         ("label_smoothing_factor", OFF, "remove it; the loss is plain cross-entropy"),
         ("logging_strategy", ("steps",), "set logging_steps"),
         ("lr_scheduler_kwargs", OFF, "remove it; each schedule has its standard shape"),
+        ("master_addr master_port", (), "give it to torchrun or deepspeed, which start the run"),
         ("max_length max_seq_length", (), "set cutoff_len"),
         ("mix_strategy", ("concat",), "bring the datasets to the sizes you want, then list them"),
         ("mixture_of_depths", OFF, "remove it; only dense models are trained"),
@@ -58,6 +63,7 @@ REFUSED: Mapping[str, Refusal] = {
         ("optim", ADAMW, "use adamw_torch, the only optimizer here"),
         ("optim_args", OFF, "set adam_beta1, adam_beta2 and adam_epsilon"),
         ("pissa_init", OFF, "remove it; LoRA starts as PEFT starts it"),
+        ("preserve_thinking", OFF, "remove it; the chat template decides what earlier turns keep"),
         ("pure_bf16", OFF, "use bf16: true; the frozen weights are then bf16 already"),
         ("push_to_hub", OFF, "upload output_dir yourself after the training"),
         ("quantization_bit", OFF, "remove it; the frozen weights stay bf16, split over the GPUs"),
@@ -91,20 +97,23 @@ IGNORED = frozenset(
         "low_cpu_mem_usage offload_folder skip_memory_metrics tf32 torch_empty_cache_steps",
         "upcast_layernorm upcast_lmhead_output use_cache use_kv_cache use_liger_kernel",
         "use_reentrant_gc use_unsloth_gc use_v1_kernels",
+        "activation_checkpointing activation_checkpointing_kwargs enable_jit_checkpoint",
         # How processes share the work.
         "accelerator_config average_tokens_across_devices ddp_backend ddp_broadcast_buffers",
         "ddp_bucket_cap_mb ddp_find_unused_parameters ddp_static_graph fsdp_config",
+        "data_shared_file_system",
         "placement_strategy resources_per_worker save_on_each_node",
         # How rows are read and become tokens.
         "buffer_size cache_dir ignore_data_skip ignore_pad_token_for_loss",
         "label_names media_dir overwrite_cache remove_unused_columns reserved_label_len",
-        "split_special_tokens trust_remote_code use_fast_tokenizer",
+        "trust_remote_code use_fast_tokenizer",
         # How validation is batched; which scores are written does not depend on it here.
         "compute_accuracy do_eval eval_accumulation_steps eval_delay eval_do_concat_batches",
         "eval_on_each_dataset eval_on_start eval_use_gather_object per_device_eval_batch_size",
-        "prediction_loss_only use_legacy_prediction_loop",
+        "batch_eval_metrics prediction_loss_only sortish_sampler use_legacy_prediction_loop",
         # What is printed, and which accounts are used.
         "debug disable_tqdm hf_hub_token log_level log_level_replica log_on_each_node logging_dir",
+        "enable_torch_profiler project",
         "logging_first_step logging_nan_inf_filter model_revision ms_hub_token om_hub_token",
         "print_param_status restore_callback_states_from_checkpoint run_name",
         # How answers are drawn, which training never does.
@@ -114,7 +123,7 @@ IGNORED = frozenset(
         "audio_sampling_rate crop_to_patches double_quantization dpo_label_smoothing ld_alpha",
         "loraplus_lr_embedding module_dropout moe_aux_loss_coef optim_target_modules",
         "pissa_convert pissa_iter quantization_device_map quantization_method quantization_type",
-        "simpo_gamma use_audio_in_video",
+        "asft_alpha eaft_alpha simpo_gamma use_audio_in_video",
     )
     for key in keys.split()
 )
@@ -124,9 +133,13 @@ IGNORED = frozenset(
 IGNORED_PREFIXES = (
     "apollo_", "badam_", "dataloader_", "export_", "fp8_", "freeze_", "galore_", "generation_",
     "hub_", "image_", "include_", "infer_", "kt_", "kto_", "oft_", "ppo_", "pref_",
-    "preprocessing_", "ray_", "ref_model", "reward_model", "sglang_", "swanlab_", "torch_compile",
-    "trackio_", "video_", "vllm_",
+    "preprocessing_", "profiler_", "ray_", "ref_model", "reward_model", "sglang_", "swanlab_",
+    "torch_compile", "trackio_", "video_", "vllm_",
 )  # fmt: skip
+
+
+# Older names of settings.
+ALIASES: Mapping[str, str] = {"evaluation_strategy": "eval_strategy"}
 
 
 def asks_for_nothing(value: object, harmless: tuple[str, ...]) -> bool:

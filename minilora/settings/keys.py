@@ -6,11 +6,15 @@ ours, its help text says so.
 
 # No `from __future__ import annotations`: the type of a setting is read from its annotation.
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import Field, dataclass, fields
 from typing import Any
 
 from minilora.settings.fields import setting
+
+# What data/named_templates.py has besides the checkpoint's own chat template.
+TEMPLATES = ("llama3", "mistral", "qwen", "qwen3", "qwen3_nothink")
 
 
 # A table, with two or three lines for each setting.
@@ -79,7 +83,7 @@ class DataSettings:
     dataset_dir: str = setting(
         "data", "Folder of dataset_info.json and of the files that it names.")
     template: str | None = setting(
-        None, "Chat template: llama3, qwen, qwen3 or mistral. Default: the base model's own.")
+        None, "Chat template. Default: the one that came with the base model.", choices=TEMPLATES)
     default_system: str | None = setting(
         None, "System message of conversations that have none. Default: what the template says.")
     cutoff_len: int = setting(
@@ -90,6 +94,9 @@ class DataSettings:
     packing: bool | None = setting(
         None, "Fill each row of a batch with documents up to cutoff_len tokens. Default: true for "
         "stage pt, false for sft.")
+    split_special_tokens: bool = setting(
+        True, "Rows that hold the text of a special token keep it as plain characters; false makes "
+        "it that token. The default is ours; LLaMA-Factory's is false.")
     max_samples: int | None = setting(
         None, "Use only the first N rows of each dataset.", at_least=1)
 
@@ -119,9 +126,9 @@ class TrainSettings:
                  "constant_with_warmup", "inverse_sqrt"))
     warmup_ratio: float = setting(
         0.0, "Share of the steps in which the learning rate rises from 0.", at_least=0, at_most=1)
-    warmup_steps: int = setting(
-        0, "Steps in which the learning rate rises from 0. Above 0 it overrides warmup_ratio.",
-        at_least=0)
+    warmup_steps: float = setting(
+        0, "Steps in which the learning rate rises from 0, or below 1 their share of the run. "
+        "Above 0 it overrides warmup_ratio.", share=True, at_least=0)
     weight_decay: float = setting(0.0, "Weight decay of AdamW.", at_least=0)
     max_grad_norm: float = setting(
         1.0, "A gradient with a larger norm is scaled down to this one. 0: never.", at_least=0)
@@ -136,13 +143,15 @@ class TrainSettings:
         42, "Seed of the data order, of LoRA's first values and of dropout.",
         at_least=0, at_most=2**32 - 1)
     disable_shuffling: bool = setting(False, "Keep the rows in the order of the files.")
-    logging_steps: int = setting(
-        10, "Steps per line of trainer_log.jsonl. The default is ours; the Trainer's is 500.",
-        at_least=1)
+    logging_steps: float = setting(
+        10, "Steps per line of trainer_log.jsonl, or below 1 their share of the run. The default "
+        "is ours; the Trainer's is 500.", share=True, above=0)
     save_strategy: str = setting(
         "steps", "When to write a snapshot from which a run can resume.",
         choices=("steps", "epoch", "no"))
-    save_steps: int = setting(500, "Steps per snapshot, for save_strategy steps.", at_least=1)
+    save_steps: float = setting(
+        500, "Steps per snapshot, for save_strategy steps; or below 1 their share of the run.",
+        share=True, above=0)
     save_only_model: bool = setting(
         False, "Snapshots hold the adapter alone. They are smaller, and no run can resume from "
         "them.")
@@ -152,8 +161,9 @@ class TrainSettings:
         None, "Folder of a snapshot to resume from; or true: resume from the newest one in "
         "output_dir, if there is one.")
     eval_strategy: str = setting("no", "When to validate.", choices=("no", "steps", "epoch"))
-    eval_steps: int | None = setting(
-        None, "Steps per validation, for eval_strategy steps. Default: logging_steps.", at_least=1)
+    eval_steps: float | None = setting(
+        None, "Steps per validation, for eval_strategy steps; or below 1 their share of the run. "
+        "Default: logging_steps.", share=True, above=0)
     report_to: tuple[str, ...] = setting(
         ("none",), "Also send the logged figures there. The program's package must be installed.",
         choices=("none", "tensorboard", "wandb", "comet_ml"))
@@ -199,7 +209,7 @@ class TrainSettings:
         return on_gpu if self.bf16 is None else self.bf16
 
     @property
-    def eval_every(self) -> int:
+    def eval_every(self) -> float:
         """eval_steps, or its default of logging_steps."""
         return self.eval_steps or self.logging_steps
 
@@ -210,6 +220,15 @@ class TrainSettings:
         if self.greater_is_better is None:
             return metric, not metric.endswith("loss")
         return metric, self.greater_is_better
+
+
+def steps_of(setting: float, total_steps: int) -> int:
+    """What save_steps, eval_steps, logging_steps or warmup_steps says of a run of so many steps.
+
+    Below 1 it is a share of the run, rounded up, as in transformers' TrainerState.compute_steps and
+    TrainingArguments.get_warmup_steps.
+    """
+    return int(setting) if setting >= 1 else math.ceil(total_steps * setting)
 
 
 # The groups of settings, in the order of --help, by their names in Settings.

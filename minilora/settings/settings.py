@@ -21,6 +21,10 @@ from minilora.settings.keys import (
 __all__ = ["DataSettings", "MethodSettings", "ModelSettings", "Settings", "TrainSettings"]
 
 
+class ContradictionError(RequestError):
+    """Settings that are sound one by one, and not together."""
+
+
 @dataclass(frozen=True)
 class Settings:
     """All settings of one run, checked one by one and then together.
@@ -28,7 +32,8 @@ class Settings:
     notices: lines to show once, such as which known keys were ignored
     origins: key -> where its value came from, for the keys that were given
 
-    Raises RequestError with every problem of every setting.
+    Raises RequestError with every problem of every setting; ContradictionError where there is none
+    of them alone.
     """
 
     model: ModelSettings = ModelSettings()
@@ -45,12 +50,14 @@ class Settings:
             for _, item in all_settings()
             for problem in value_problems(item, values[item.name], self.name_of(item.name))
         ]
-        # Contradictions are looked for between sound values only.
-        if not problems:
-            problems = [*self._data_problems(), *self._memory_problems()]
-            problems += [*self._validation_problems(), *self._best_model_problems()]
         if problems:
             raise RequestError(problems)
+
+        # Contradictions are looked for between sound values only.
+        problems = [*self._data_problems(), *self._memory_problems()]
+        problems += [*self._validation_problems(), *self._best_model_problems()]
+        if problems:
+            raise ContradictionError(problems)
 
     @property
     def base(self) -> Path:
@@ -160,8 +167,21 @@ class Settings:
                 f"{name}: {self.name_of('save_strategy')} and {self.name_of('eval_strategy')} "
                 "must be the same"
             )
-        elif train.save_strategy == "steps" and train.save_steps % train.eval_every > 0:
+        elif train.save_strategy == "steps" and not _is_multiple(
+            train.save_steps, train.eval_every
+        ):
             yield (
                 f"{name}: {self.name_of('save_steps')} must be a multiple of eval_steps, which is "
                 f"{train.eval_every}"
             )
+
+
+def _is_multiple(save_steps: float, eval_steps: float) -> bool:
+    """Whether every snapshot is also a validation; a share and a number of steps do not compare.
+
+    Shares are compared as whole millionths, as in transformers: 0.3 % 0.1 is not 0.
+    """
+    if (save_steps < 1) != (eval_steps < 1):
+        return False
+    unit = 1_000_000 if save_steps < 1 else 1
+    return round(save_steps * unit) % max(1, round(eval_steps * unit)) == 0

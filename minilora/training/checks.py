@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minilora.data.chat import make_template
 from minilora.data.datasets import read_conversations
 from minilora.data.tokenizer import load_tokenizer
 from minilora.files.adapter import read_adapter
@@ -34,6 +35,7 @@ from minilora.model.lora_shape import LoraShape
 from minilora.report.curves import LOG
 from minilora.settings.errors import RequestError
 from minilora.settings.settings import Settings
+from minilora.training.deepspeed_internals import reject_bad_config
 from minilora.training.engine import ModelRecipe
 
 SNAPSHOT_BYTES = 4  # of an fp32 number, of which a snapshot has several for each trained parameter
@@ -115,6 +117,9 @@ def check(settings: Settings) -> CheckedRequest:
             bf16 = train.computes_in_bf16(on_gpu=torch.cuda.is_available())
             ranks = int(os.environ.get("WORLD_SIZE", "1"))
             ds_configs = read_deepspeed_files(train, Facts(ranks, config.shape.hidden_size, bf16))
+            # What passes our own table may still be a combination that DeepSpeed does not take.
+            if reason := reject_bad_config(next(iter(ds_configs.values()))):
+                problems.append(f"deepspeed: {train.deepspeed}: {reason}")
     if train.memory_snapshot and not torch.cuda.is_available():
         problems.append("memory_snapshot: torch notes a GPU's memory, and there is none; remove it")
 
@@ -136,7 +141,9 @@ def _data_problems(settings: Settings, has_config: bool) -> list[str]:
         return problems
     if has_config:  # else there is no model folder, which has been said
         with _collecting(problems):
-            load_tokenizer(settings.base)
+            tokenizer = load_tokenizer(settings.base)
+            if settings.method.stage == "sft":
+                make_template(settings.data.template, tokenizer)
     for names in (settings.data.dataset, settings.data.eval_dataset):
         if names:
             with _collecting(problems):

@@ -26,7 +26,7 @@ from minilora.model.lora_shape import MAGNITUDE, LoraShape
 from minilora.model.tiles import document_tiles
 from minilora.processes.startup_times import StartupTimes
 from minilora.processes.world import World
-from minilora.settings.errors import RequestError, RunError
+from minilora.settings.errors import RunError
 from minilora.settings.settings import TrainSettings
 from minilora.training import deepspeed_internals as internals
 
@@ -56,8 +56,7 @@ class Engine:
     bytes_read: how much of the base weights this rank has read
     base_sums: by the name of each base weight, the sum over its bytes (files.weights_digest)
 
-    Raises RequestError for a configuration that DeepSpeed does not take, and for weights that
-    cannot be read.
+    Raises RequestError for weights that cannot be read.
     """
 
     def __init__(self, world: World, recipe: ModelRecipe, times: StartupTimes) -> None:
@@ -200,16 +199,13 @@ class Engine:
         return result
 
     def _start_deepspeed(self, recipe: ModelRecipe) -> None:
-        """Let DeepSpeed use the process group that exists, and check its configuration."""
+        """Let DeepSpeed use the process group that exists."""
         train = recipe.train
         if not train.verbose_deepspeed:
             internals.silence()
         if self.world.device.type == "cpu":
             internals.skip_shared_memory_op()
         deepspeed.init_distributed(verbose=train.verbose_deepspeed)
-        reason = internals.reject_bad_config(recipe.ds_config)
-        if reason is not None:
-            raise RequestError([f"deepspeed: {train.deepspeed}: {reason}"])
 
     def _build(self, recipe: ModelRecipe) -> Llama:
         """The model with empty weights: partitioned while it is made at stage 3, else whole."""

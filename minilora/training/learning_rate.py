@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from minilora.settings.keys import steps_of
 from minilora.settings.settings import TrainSettings
 
 
@@ -17,7 +18,9 @@ def learning_rate(step: int, total_steps: int, train: TrainSettings) -> float:
 
 def warmup_steps(total_steps: int, train: TrainSettings) -> int:
     """Steps in which the rate rises: warmup_steps, or warmup_ratio of the run where that is 0."""
-    return train.warmup_steps or math.ceil(total_steps * train.warmup_ratio)
+    if not train.warmup_steps:
+        return math.ceil(total_steps * train.warmup_ratio)
+    return steps_of(train.warmup_steps, total_steps)
 
 
 def _decay(step: int, warmup: int, total: int, train: TrainSettings) -> float:

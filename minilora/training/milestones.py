@@ -21,6 +21,7 @@ from minilora.files.snapshot import State, prune, snapshot_folder, write_snapsho
 from minilora.processes.signals import Stopped
 from minilora.report.run_log import StepRecord
 from minilora.settings.errors import RunError
+from minilora.settings.keys import steps_of
 from minilora.training.best_model import Best
 from minilora.training.job import Job
 
@@ -84,15 +85,18 @@ def after_step(job: Job, state: State, best: Best, signal_number: int) -> Best:
     return best
 
 
-def is_due(job: Job, steps_done: int, strategy: str, every: int) -> bool:
-    """Whether a snapshot or validation follows now, by the rules of the HF Trainer."""
+def is_due(job: Job, steps_done: int, strategy: str, every: float) -> bool:
+    """Whether a snapshot or validation follows now, by the rules of the HF Trainer.
+
+    every: steps, or below 1 a share of the run.
+    """
     if strategy == "no":
         return False
     if steps_done == job.schedule.total_steps:
         return True
     if strategy == "epoch":
         return job.schedule.epoch(steps_done - 1).is_integer()
-    return steps_done % every == 0
+    return steps_done % steps_of(every, job.schedule.total_steps) == 0
 
 
 def make_up_validation(job: Job, state: State, best: Best) -> Best:

@@ -4,15 +4,26 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from transformers import PreTrainedTokenizerFast
 
-from minilora.data.chat import CHUNK, encode_texts, make_template, show, split_room, truncate
+from minilora.data.chat import (
+    CHUNK,
+    Template,
+    encode_texts,
+    make_template,
+    show,
+    special_text_note,
+    split_room,
+    truncate,
+)
 from minilora.data.conversations import Conversation, Turn
 from minilora.data.tokenizer import Tokenizer, load_tokenizer
 from minilora.settings.errors import RequestError
-from tests.support.llama31 import NORMAL, talk, write_folder
+from tests.support.llama31 import NORMAL, messages_of, talk, write_folder
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +127,12 @@ def test_truncation_is_llama_factorys(prompt: bool, last: bool) -> None:
         pairs = list(zip(parts[::2], parts[1::2], strict=True))
         cutoff = int(rng.integers(2, 120))
         ids, trained = truncate(
-            tokens, ends, cutoff_len=cutoff, train_on_prompt=prompt, mask_history=last
+            tokens,
+            ends,
+            cutoff_len=cutoff,
+            train_on_prompt=prompt,
+            mask_history=last,
+            learned=[True] * len(pairs),
         )
         expected = reference_truncate(pairs, cutoff, prompt, last)
         assert list(zip(ids.tolist(), trained.tolist(), strict=True)) == expected
@@ -190,3 +206,122 @@ def test_plain_text_gets_one_bos_and_eos_and_is_cut_into_pieces(tokenizer: Token
 def test_a_prompt_ends_with_a_question(tokenizer: Tokenizer) -> None:
     with pytest.raises(ValueError, match="question"):
         make_template("llama3", tokenizer).prompt(talk("a", "b").turns)
+
+
+# Llama 3.0's own template knows no calls of tools, and DeepSeek's leaves out what an answer thinks.
+LLAMA30 = (
+    "{% for m in messages %}{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' }}"
+    "{{ m['content'] | trim + '<|eot_id|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}"
+    "{% endif %}"
+)
+THINKING = LLAMA30.replace("m['content']", "m['content'].split('</think>')[-1]")
+CALLING = (
+    Turn("user", "What is it?"),
+    Turn("call", json.dumps([{"name": "look", "arguments": {"where": "here \u4f60"}}])),
+    Turn("tool", '{"seen": "a\\tfox"}'),
+    Turn("assistant", "a fox"),
+)
+
+
+def own_template(folder: Path, text: str) -> Template:
+    return make_template(None, load_tokenizer(write_folder(folder, chat_template=text)))
+
+
+@pytest.mark.parametrize(
+    ("template", "turns", "lost"),
+    [
+        (LLAMA30, CALLING, "an answer"),
+        (
+            THINKING,
+            (Turn("user", "2 + 2"), Turn("assistant", "<think>two twos</think>\n4")),
+            "an answer",
+        ),
+        (
+            LLAMA30.replace(
+                "{% for m in messages %}", "{% for m in messages if m.role != 'system' %}"
+            ),
+            talk("a", "b", system="S").turns,
+            "a system message",
+        ),
+    ],
+)
+def test_a_template_that_drops_text_is_not_trained_on(
+    template: str, turns: tuple[Turn, ...], lost: str, tmp_path: Path
+) -> None:
+    """More than 1 % of such rows end the run, as other unusable rows do."""
+    own = own_template(tmp_path, template)
+    row = Conversation(turns, "data.jsonl:3")
+    found, tally = own.encode([talk("a", " <b>\n")] * 3 + [row], cutoff_len=99)
+    assert len(found) == 3
+    assert tally.dropped == {f"the template leaves out text of {lost}": ("data.jsonl:3",)}
+    with pytest.raises(RequestError, match=f"too many.*9: the template leaves out text of {lost}"):
+        own.encode([talk("a", "b")] * 90 + [row] * 9, cutoff_len=99)
+
+
+@pytest.mark.parametrize("name", [None, "llama3"])
+def test_a_template_may_trim_and_escape_and_loses_nothing(
+    name: str | None, tokenizer: Tokenizer
+) -> None:
+    rows = [Conversation(CALLING, ""), talk(' "a"\n\tb\\ ', "\n c \u00e9 <|eot_id|> "), *NORMAL]
+    _, tally = make_template(name, tokenizer).encode(rows, cutoff_len=9999)
+    assert (tally.kept, tally.dropped) == (len(rows), {})
+
+
+def test_an_answer_with_weight_0_is_masked(tokenizer: Tokenizer) -> None:
+    """As in OpenAI's files; the rest of the conversation is as it is without the weight."""
+    template = make_template(None, tokenizer)
+    plain = talk("a", "b", "c", "d")
+    turns = list(plain.turns)
+    turns[1] = Turn("assistant", "b", trained=False)
+    row = Conversation(tuple(turns), "data.jsonl:1")
+    (whole, masked), _ = template.encode([plain, row], cutoff_len=99)
+    assert whole[0].tolist() == masked[0].tolist()
+    assert show(tokenizer, masked).count("[[") == 1 and "[[d<|eot_id|>]]" in show(tokenizer, masked)
+    (prompts,), _ = template.encode([row], cutoff_len=99, train_on_prompt=True)
+    assert "b<|eot_id|>[[<|start_header_id|>user" in show(tokenizer, prompts)
+
+    turns[3] = Turn("assistant", "d", trained=False)
+    unlearned = Conversation(tuple(turns), "data.jsonl:2")
+    _, tally = template.encode([plain, unlearned], cutoff_len=99)
+    assert tally.dropped == {"no answer to learn: their weight is 0": ("data.jsonl:2",)}
+    last = Conversation((*plain.turns[:3], turns[3]), "data.jsonl:4")
+    _, tally = template.encode([plain, last], cutoff_len=99, mask_history=True)
+    assert tally.dropped == {"no answer to learn: their weight is 0": ("data.jsonl:4",)}
+
+
+@pytest.mark.parametrize("split", [True, False])
+def test_special_text_in_rows_is_as_transformers_with_split_special_tokens(
+    split: bool, tokenizer: Tokenizer, folder: Path
+) -> None:
+    oracle: Any = PreTrainedTokenizerFast.from_pretrained(folder)
+    special, other = "dog <|eot_id|> fox<|python_tag|>", "dog"
+    row = talk(special, special)
+    rows = [row, talk(other, other)]
+    template = make_template(None, tokenizer, split_special_tokens=split)
+    (sample, _), _ = template.encode(rows, cutoff_len=999)
+    whole = oracle.apply_chat_template(messages_of(row), tokenize=False)
+    if split:  # the template's own tokens are special, and so are not those of the texts
+        placed = whole.replace(special, "\ue000")
+        ids = []
+        for piece in (piece for part in placed.split("\ue000") for piece in (part, special)):
+            plain = piece == special
+            ids += oracle(piece, add_special_tokens=False, split_special_tokens=plain)["input_ids"]
+        expected = ids[: -len(oracle(special, split_special_tokens=True,
+                                     add_special_tokens=False)["input_ids"])]  # fmt: skip
+    else:
+        expected = oracle(whole, add_special_tokens=False)["input_ids"]
+    eot = tokenizer.specials["<|eot_id|>"]
+    assert sample[0].tolist().count(eot) == (3 if split else 5)
+    assert sample[0].tolist() == expected
+
+    text = Conversation((Turn("text", special),), "")
+    ((pieces, _),) = encode_texts(tokenizer, [text], 999, split)
+    of_text = oracle(special, add_special_tokens=False, split_special_tokens=split)["input_ids"]
+    assert pieces.tolist()[1:-1] == of_text
+
+    fate = "plain characters; with split_special_tokens: false they are special tokens"
+    (note,) = special_text_note(tokenizer, rows, split)
+    assert note.startswith("1 row holds the text of special tokens (<|eot_id|>, <|python_tag|>)")
+    assert note.endswith(fate if split else "are special tokens (split_special_tokens: false)")
+    assert special_text_note(tokenizer, rows[1:], split) == ()

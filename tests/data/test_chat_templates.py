@@ -109,6 +109,74 @@ def test_llama3_shows_tool_calls_as_llama_factory_does(tokenizer: Tokenizer) -> 
     )
 
 
+@pytest.mark.parametrize("said", ["", "<think>look first</think>\n"])
+def test_llama3_joins_results_of_parallel_calls_and_keeps_what_is_said_before(
+    said: str, tokenizer: Tokenizer
+) -> None:
+    """LLaMA-Factory's OpenAI converter joins the results, its FunctionFormatter the thought."""
+    calls = json.dumps([{"name": "f", "arguments": {"n": 1}}])
+    turns = (
+        Turn("user", "q"),
+        Turn("call", calls, before_calls=said),
+        Turn("tool", "r"),
+        Turn("tool", "s"),
+        Turn("assistant", "a"),
+    )
+    (sample,), _ = make_template("llama3", tokenizer).encode(
+        [Conversation(turns, "")], cutoff_len=999
+    )
+    assert show(tokenizer, sample).split("user<|end_header_id|>")[1] == (
+        "\n\nq<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
+        f'[[{said}{{"name": "f", "parameters": {{"n": 1}}}}<|eot_id|>]]'
+        "<|start_header_id|>ipython<|end_header_id|>\n\n"
+        "r\n</tool_response>\n<tool_response>\ns<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n[[a<|eot_id|>]]"
+    )
+
+
+def test_an_own_template_gets_parallel_results_as_transformers_does(tmp_path: Path) -> None:
+    text = (
+        "{% for m in messages %}<|start_header_id|>{{ m.role }}: {{ m.content }}"
+        "{% for call in m.tool_calls or [] %}{{ call.function.name }}"
+        "{{ call.function.arguments | tojson }}{% endfor %}<|eot_id|>{% endfor %}"
+        "{% if add_generation_prompt %}<|start_header_id|>assistant: {% endif %}"
+    )
+    template = template_of(tmp_path, text)
+    oracle: Any = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    calls = [{"name": name, "arguments": {"n": 1}} for name in ("f", "g")]
+    turns = (
+        Turn("user", "q"),
+        Turn("call", json.dumps(calls), before_calls="Let me look. "),
+        Turn("tool", "r"),
+        Turn("tool", "s"),
+        Turn("assistant", "a"),
+    )
+    (sample,), _ = template.encode([Conversation(turns, "")], cutoff_len=999)
+    tool_calls = [{"type": "function", "function": call} for call in calls]
+    messages = [
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "content": "Let me look. ", "tool_calls": tool_calls},
+        {"role": "tool", "content": "r"},
+        {"role": "tool", "content": "s"},
+        {"role": "assistant", "content": "a"},
+    ]
+    assert sample[0].tolist() == oracle.apply_chat_template(messages)["input_ids"]
+    assert show(template.tokenizer, sample).count("[[") == 2
+
+
+def test_a_template_that_opens_answers_itself_is_named_for_it(tmp_path: Path) -> None:
+    """DeepSeek-R1-Distill-Llama's ends a prompt with <think>, and leaves that out of answers."""
+    text = (
+        "{% for m in messages %}{% if m.role == 'user' %}User: {{ m.content }}{% else %}Assistant: "
+        "{{ m.content.split('</think>')[-1] }}<|eot_id|>{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}Assistant: <think>\n{% endif %}"
+    )
+    with pytest.raises(RequestError) as refused:
+        template_of(tmp_path, text).encode([talk("2 + 2", "<think>\nso\n</think>4")], cutoff_len=99)
+    assert "opens an answer with '<think>\\n' when it asks for one" in str(refused.value)
+    assert "chat_template.jinja" in str(refused.value) and "llama3" not in str(refused.value)
+
+
 def template_of(folder: Path, text: str) -> Any:
     return make_template(None, load_tokenizer(write_folder(folder, chat_template=text)))
 

@@ -157,3 +157,27 @@ def test_datasets_keep_their_order(tmp_path: Path) -> None:
     found, _ = read([two, one, two], tmp_path)
     assert turns(found) == [ALPACA_TURNS[1], ALPACA_TURNS[0], ALPACA_TURNS[1]]
     assert found[0].turns[0] == Turn("system", "S")
+
+
+def test_an_entry_may_name_what_no_row_has(tmp_path: Path) -> None:
+    """LLaMA-Factory's data/README names tools, images and the split of every dataset."""
+    row = {"conversations": SHAREGPT[0]["conversations"], "tools": "[]", "images": [], "sys": ""}
+    named = {"messages": "conversations", "tools": "tools", "images": "images", "system": "sys"}
+    nothing = {"split": "train", "subset": None, "ranking": False, "tags": None}
+    columns = {**named, "videos": "videos", "history": "", "query": None}
+    found = entry(tmp_path, [row], formatting="sharegpt", columns=columns, **nothing)
+    assert found == SHAREGPT_TURNS[:1]
+    with pytest.raises(RequestError, match="not supported: split; remove it from the entry"):
+        entry(tmp_path, [row], formatting="sharegpt", columns=named, split="test")
+
+
+@pytest.mark.parametrize("key", ["tools", "images", "videos", "audios"])
+def test_a_row_with_tools_or_media_is_refused_by_name(key: str, tmp_path: Path) -> None:
+    row = {**SHAREGPT[0], key: ["x"]}
+    words = f"rows have {key}, which would be left out of the prompt"
+    (problem,) = problems_of([write(tmp_path / "bare.json", [row])], tmp_path)
+    assert words in problem
+    renamed = {**SHAREGPT[0], "mine": ["x"]}
+    columns = {"messages": "conversations", key: "mine"}
+    with pytest.raises(RequestError, match=words):
+        entry(tmp_path, [renamed], formatting="sharegpt", columns=columns)

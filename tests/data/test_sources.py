@@ -72,7 +72,7 @@ def test_all_unusable_names_are_reported_at_once(tmp_path: Path) -> None:
             "ranking": True,
             "formatting": "chatml",
             "num_samples": 0,
-            "columns": {"prompt": "a", "images": "i"},
+            "columns": {"prompt": "a", "chosen": "i"},
             "tags": {"user": "u"},
         },
     }
@@ -91,7 +91,7 @@ def test_all_unusable_names_are_reported_at_once(tmp_path: Path) -> None:
         f"{where} old: cannot read {tmp_path / 'old.csv'}; convert it to .json, .jsonl or .txt",
         f"{where} pairs: formatting 'chatml' is not one of alpaca, sharegpt, openai",
         f"{where} pairs: not supported: ranking; remove it from the entry",
-        f"{where} pairs: columns not supported: images; remove it from the entry",
+        f"{where} pairs: columns not supported: chosen; remove it from the entry",
         f"{where} pairs: tags not supported: user; remove it from the entry",
         f"{where} pairs: num_samples must be a whole number above 0, not 0",
         f"{where} pairs: no such file: {tmp_path / 'none.json'}",

@@ -74,6 +74,8 @@ def test_llama_factorys_file_gets_the_values_of_the_hf_trainer(tmp_path: Path) -
             hidden_size = 4096
 
     theirs.trainer_config_finalize(arguments, Model, 100)
+    # DeepSpeed's own way of saving weights is the one key that means nothing here.
+    del theirs.config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"]
     assert mine["zero_optimization"] == theirs.config["zero_optimization"]
     assert mine["gradient_clipping"] == theirs.config["gradient_clipping"] == 1.0
     assert mine["bf16"] == {"enabled": True} and "fp16" not in mine
@@ -96,7 +98,8 @@ def test_llama_factorys_file_gets_the_values_of_the_hf_trainer(tmp_path: Path) -
             ["optimizer.params.lr is 0.001", "5e-05"],
         ),
         ({"scheduler": {"type": "WarmupLR"}}, ["scheduler: remove it", "lr_scheduler_type"]),
-        ({"aio": {"block_size": "auto"}}, ["aio.block_size", "auto"]),
+        ({"wandb": {"project": "auto"}}, ["wandb.project", '"auto" is not known here']),
+        ({"data_types": {"grad_accum_dtype": "fp32"}}, ["grad_accum_dtype", "of the run, bf16"]),
     ],
 )
 def test_what_contradicts_the_run_is_refused(

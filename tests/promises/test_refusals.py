@@ -147,7 +147,7 @@ TOKENS: dict[str, tuple[Break, list[str]]] = {
     "another model's, in validation": (both(stranger, late), ["token 1111, beyond the vocab_size"]),
     "no template": (template(None), ["has no chat template; say template: llama3"]),
     "template of no kind": (template([{"a": 1}, 3]), ["has no chat template"]),
-    "template: unknown": (ask(template="llama4"), ["llama4 is not known (did you mean llama3?)"]),
+    "template: unknown": (ask(template="llama4"), ["'llama4' is not one of llama3"]),
     "template: syntax": (template("\n{% if %}"), ["chat template, line 2:"]),
     "template: nested": (template("{% for a in b %}" * 25 + "{% endfor %}" * 25), ["too many"]),
     "template: deep": (template("{{" + "(" * 3000 + "1" + ")" * 3000 + "}}"), ["recursion"]),

@@ -85,7 +85,7 @@ def test_file_with_a_byte_order_mark(tmp_path: Path) -> None:
         ("lora_alpha:", "lora_alpha", None),
         ("lora_alpha: null", "lora_alpha", None),
         ("template: ~", "template", None),
-        ("template: 'null'", "template", "null"),
+        ("default_system: 'null'", "default_system", "null"),
         ("seed: null", "seed", 42),
         ("default_system: yes", "default_system", "yes"),
         ("default_system: |\n  two\n  lines", "default_system", "two\nlines"),
