@@ -1,1 +1,6 @@
-"""The memory plan: what a run needs, worked out before it starts, and what it really took."""
+"""The memory plan: what a run needs, worked out before it starts, and what it really took.
+
+In the order of reading: job (what memory depends on), zero3_gathers (which weights are there when),
+terms, block, gradients and alive (which tensors are there when), peak (the moment with the most),
+ways (other settings, and which to name), in_a_run and measured (what a run says of it).
+"""

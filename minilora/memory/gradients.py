@@ -72,14 +72,14 @@ def _whole_gradients(job: MemoryJob, visit: Visit) -> Iterator[Term]:
             elements = 2 * head  # as the loss has left it, and scaled
         if name == "embedding":
             elements = 2 * table if reduced else table  # and its copy in the bucket
-        yield Term(PART, "gradients of head and table, made", elements, size)
+        yield Term(PART, "gradients of head and table, new", elements, size)
 
-    # The head's gradient stays until the step at stage 0. Else it stays for the first blocks of
-    # backward at least, until DeepSpeed reduces the next bucket.
-    kept = head if visit.backward and name != "head" else 0
+    # At stage 0 the head's gradient waits for the step. From stage 1 on it waits for the first
+    # blocks of backward at least, until DeepSpeed reduces the next bucket.
+    waiting = head if visit.backward and name != "head" else 0
     if not reduced:
         if job.spans > 1:
-            kept = head + table
+            waiting = head + table
         elif name == "embedding":
-            kept += table
-    yield Term(PART, "gradients of head and table, kept", kept, size if reduced else 4)
+            waiting += table
+    yield Term(PART, "gradients of head and table, waiting", waiting, size if reduced else 4)

@@ -149,7 +149,7 @@ def foresee(
     schedule: Schedule,
     saves_what_fits: bool,
 ) -> Forecast:
-    """The plan with the lengths of the data, and with what the fullest device has free. Collective.
+    """The plan with the real lengths of the data, and with the memory that is free. Collective.
 
     asked, files: as asked_way returns them; lora: the adapter, which may continue another one;
     saves_what_fits: whether as many blocks save their activations as fit with room to spare.

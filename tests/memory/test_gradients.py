@@ -55,12 +55,12 @@ def test_a_trained_head_has_its_gradient_from_the_loss_on() -> None:
     job = article(adapter=adapter, tile_tokens=32768, bf16=False)
     loss = at(job, "head", backward=False)
     assert loss == {"head's gradient, fp32": 4 * TABLE, "head's gradient, a chunk's": 4 * TABLE}
-    assert at(job, "head") == {"gradients of head and table, made": 2 * 4 * TABLE}
-    assert at(job, "block 31") == {"gradients of head and table, kept": 4 * TABLE}
+    assert at(job, "head") == {"gradients of head and table, new": 2 * 4 * TABLE}
+    assert at(job, "block 31") == {"gradients of head and table, waiting": 4 * TABLE}
     half = at(replace(job, bf16=True), "head", backward=False)
     fp32_logits = 4 * 1024 * 128_256  # gone by then
     assert half["head's gradient, a chunk's"] == 2 * TABLE - fp32_logits
     assert at(job, "embedding") == {
-        "gradients of head and table, made": 2 * 4 * TABLE,  # and a copy, to be reduced
-        "gradients of head and table, kept": 4 * TABLE,  # the head's
+        "gradients of head and table, new": 2 * 4 * TABLE,  # and a copy, to be reduced
+        "gradients of head and table, waiting": 4 * TABLE,  # the head's
     }

@@ -21,10 +21,12 @@ from minilora.memory.in_a_run import Forecast, OutOfMemory, foresee
 from minilora.memory.peak import GIB, peak_memory
 from minilora.memory.ways import Way
 from minilora.model.lora_shape import LoraShape
+from minilora.model.loss import head_loss
 from minilora.processes.world import World
 from minilora.settings.errors import RequestError
 from minilora.settings.settings import TrainSettings
-from tests.support.article import FILES, article
+from tests.support.article import FILES, ROOT, article
+from tests.support.commands import fences, text_of
 from tests.support.runs import Ground
 
 
@@ -170,16 +172,24 @@ def test_the_closing_compares_what_can_be_compared() -> None:
     assert "not measured" in line and "up to 0.5 GiB" in line
 
 
-def test_running_out_is_explained_with_the_moment_and_three_changes() -> None:
+def test_running_out_in_the_loss_is_explained_as_the_document_says(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """docs/memory.md, When memory runs out all the same."""
+
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate ...\nmore of torch")
+
+    monkeypatch.setattr(torch.Tensor, "scatter_add_", full)
+    hidden, targets = torch.zeros(1, 4, requires_grad=True), torch.zeros(1, dtype=torch.int64)
     with pytest.raises(OutOfMemory) as raised, forecast(11.2).explaining(3, TrainSettings()):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore of torch")
-    assert str(raised.value) == (
-        "rank 3: out of memory (moment: start-up): CUDA out of memory. Tried to allocate 2 GiB."
-    )
-    first, *changes = raised.value.advice
-    assert first == "  the plan said 14.09 GiB at the peak; there are 11.2 GiB"
-    assert [change[:5] for change in changes] == ["  1. ", "  2. ", "  3. "]
-    with pytest.raises(ValueError, match="other"), forecast(11.2).explaining(3, TrainSettings()):
+        head_loss(hidden, torch.zeros(3, 4), targets, 1.0)
+    told = "\n".join([f"error: {raised.value}", *raised.value.advice, ""])
+    assert ("text", told) in fences(text_of(ROOT / "docs" / "memory.md")), told
+
+
+def test_other_errors_are_not_explained() -> None:
+    with pytest.raises(ValueError, match="another"), forecast(11.2).explaining(3, TrainSettings()):
         raise ValueError("another error")
 
 
