@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from minilora.files.merging import Update, clashes, export_adapter, export_merged, read_updates
+from minilora.files.model_card import merged_card
 from minilora.files.model_config import read_model_config
 from minilora.files.weights import check_tied_head, read_checkpoint
 from minilora.settings.errors import RequestError, exit_code
@@ -49,12 +50,13 @@ def run(args: argparse.Namespace) -> None:
     if problems:
         raise RequestError(problems)
 
+    card = merged_card(checkpoint.folder, adapters, weights, into_base=not args.adapter_only)
     if args.adapter_only:
-        lora = export_adapter(checkpoint, updates, args.export_dir)
+        lora = export_adapter(checkpoint, updates, args.export_dir, card)
         print(f"{args.export_dir}: an adapter of rank {lora.rank} and alpha {lora.alpha}")
         print(f"vLLM takes it with --max-lora-rank of at least {lora.rank}")
     else:
-        export_merged(checkpoint, updates, args.export_dir)
+        export_merged(checkpoint, updates, args.export_dir, card)
         gigabytes = checkpoint.total_bytes / 1e9
         print(f"{args.export_dir}: {gigabytes:.3f} GB, {len(updates)} layers changed")
 

@@ -56,7 +56,8 @@ def write_adapter(
 
     # The config is what makes the folder an adapter, so it comes last. Its keys are not sorted:
     # of the patterns in rank_pattern and alpha_pattern the first that matches a layer counts.
-    config = json.dumps(peft_config(lora, base.folder), indent=2) + "\n"
+    layers = [name.removesuffix(".lora_A") for name in tensors if name.endswith(".lora_A")]
+    config = json.dumps(peft_config(lora, base.folder, layers), indent=2) + "\n"
     write_atomically(folder / CONFIG, config.encode())
 
 

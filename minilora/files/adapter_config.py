@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,8 +22,6 @@ OTHER_METHODS = (
     "use_qalora",
     "alora_invocation_tokens",
     "lora_bias",
-    "fan_in_fan_out",
-    "exclude_modules",
     "trainable_token_indices",
     "target_parameters",
     "layer_replication",
@@ -31,21 +31,27 @@ OTHER_METHODS = (
     "arrow_config",
     "kasa_config",
 )
+ALL_LINEAR = "all-linear"  # as target_modules: every linear layer but the head
 # Values of init_lora_weights that only choose where A and B start. Others, such as pissa, also
 # change the base weights, so that the adapter is of no use with the base as it was published.
 HARMLESS_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
 
 
-def peft_config(lora: LoraShape, base: Path) -> dict[str, Any]:
+def peft_config(lora: LoraShape, base: Path, layers: Sequence[str]) -> dict[str, Any]:
     """The content of adapter_config.json, with the keys of PEFT 0.13.
 
     Later releases read a file that lacks their newer keys, while an older PEFT fails on a key that
     it does not know.
+
+    base: the folder of the base model. It is written as an absolute path, because a relative one
+    is right from one folder only. layers: the path of each layer that has a pair. They stand for a
+    regular expression: PEFT's add_weighted_adapter mixes lists with lists only.
     """
+    targets = layers if isinstance(lora.targets, str) else lora.targets
     return {
         "alpha_pattern": dict(lora.alpha_pattern),
         "auto_mapping": None,
-        "base_model_name_or_path": str(base),
+        "base_model_name_or_path": os.path.abspath(base),
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
@@ -63,7 +69,7 @@ def peft_config(lora: LoraShape, base: Path) -> dict[str, Any]:
         "r": lora.rank,
         "rank_pattern": dict(lora.rank_pattern),
         "revision": None,
-        "target_modules": lora.targets if isinstance(lora.targets, str) else list(lora.targets),
+        "target_modules": list(targets),
         "task_type": "CAUSAL_LM",
         "use_dora": lora.use_dora,
         "use_rslora": lora.use_rslora,
@@ -78,11 +84,13 @@ def read_adapter_shape(folder: Path, model: LlamaShape, dropout: float) -> LoraS
     """
     path = folder / CONFIG
     config = read_json(path)
-    problems = [*_method_problems(config), *_value_problems(config)]
+    problems = [*_method_problems(config, model), *_value_problems(config)]
     if problems:
         raise RequestError([f"{path}: {problem}" for problem in problems])
 
     targets = config["target_modules"]
+    if targets == ALL_LINEAR:
+        targets = list(model.linear_shapes())
     lora = LoraShape(
         rank=config["r"],
         alpha=config["lora_alpha"],
@@ -99,14 +107,28 @@ def read_adapter_shape(folder: Path, model: LlamaShape, dropout: float) -> LoraS
     if problems:
         raise RequestError([f"{path}: {problem}" for problem in problems])
 
-    # LoraShape has no field for a choice of blocks: instead the layers are named one by one.
-    blocks = config.get("layers_to_transform")
-    if blocks:
-        paths = tuple(layer for layer in lora.layers(model) if _block_of(layer) in blocks)
-        if not paths:
-            raise RequestError([f"{path}: layers_to_transform = {blocks} names no layer"])
-        lora = replace(lora, targets=paths)
-    return lora
+    # LoraShape has no field for a choice of layers: instead they are named one by one.
+    blocks, excluded = config.get("layers_to_transform"), config.get("exclude_modules")
+    if type(blocks) is int:
+        blocks = [blocks]
+    if not blocks and not excluded:
+        return lora
+    paths = tuple(
+        layer
+        for layer in lora.layers(model)
+        if (not blocks or _block_of(layer) in blocks) and not _is_excluded(layer, excluded)
+    )
+    if not paths:
+        choice = f"layers_to_transform = {blocks}" if blocks else f"exclude_modules = {excluded!r}"
+        raise RequestError([f"{path}: {choice} leaves no layer"])
+    return replace(lora, targets=paths)
+
+
+def _is_excluded(layer: str, excluded: str | list[str] | None) -> bool:
+    """Whether PEFT leaves a layer out: an expression for whole paths, or ends of paths."""
+    if isinstance(excluded, str):
+        return re.fullmatch(excluded, layer) is not None
+    return any(layer == name or layer.endswith(f".{name}") for name in excluded or ())
 
 
 def _block_of(layer: str) -> int:
@@ -114,15 +136,19 @@ def _block_of(layer: str) -> int:
     return int(layer.split(".")[2])
 
 
-def _method_problems(config: Mapping[str, Any]) -> Iterator[str]:
+def _method_problems(config: Mapping[str, Any], model: LlamaShape) -> Iterator[str]:
     """What in an adapter_config.json asks for something else than LoRA as it is known here."""
     if config.get("peft_type") != "LORA":
         yield f"peft_type is {config.get('peft_type')!r}, not LORA"
     for key in OTHER_METHODS:
         if config.get(key):
             yield f"{key} = {config[key]!r} is not read here; LoRA, rsLoRA and DoRA are"
-    if config.get("bias") not in (None, "none"):
+    # In a model without biases there is none to train, whatever the key says.
+    has_biases = any(name.endswith(".bias") for name in model.parameter_shapes())
+    if config.get("bias") not in (None, "none", *(() if has_biases else ("all", "lora_only"))):
         yield f"bias = {config['bias']!r}: trained biases are not read"
+    if config.get("layers_pattern") not in (None, "", [], "layers", ["layers"]):
+        yield f"layers_pattern = {config['layers_pattern']!r}: Llama's blocks are called `layers`"
     start = config.get("init_lora_weights", True)
     if start not in HARMLESS_STARTS:
         yield (
@@ -151,10 +177,18 @@ def _value_problems(config: Mapping[str, Any]) -> Iterator[str]:
     targets = config.get("target_modules")
     if not isinstance(targets, str) and not _is_list(targets, str):
         yield f"target_modules is {targets!r}; a list or a regular expression is needed"
-    for key, item_type in (("modules_to_save", str), ("layers_to_transform", int)):
+    # As in PEFT one number stands for a list of one.
+    one_or_list: dict[str, type] = {"layers_to_transform": int, "exclude_modules": str}
+    for key, item_type in {"modules_to_save": str, **one_or_list}.items():
         value = config.get(key)
-        if value is not None and not _is_list(value, item_type):
+        is_one = key in one_or_list and type(value) is item_type
+        if value is not None and not is_one and not _is_list(value, item_type):
             yield f"{key} is {value!r}; a list is needed"
+    if isinstance(config.get("exclude_modules"), str):
+        try:
+            re.compile(config["exclude_modules"])
+        except (re.error, RecursionError, OverflowError) as error:
+            yield f"exclude_modules is {config['exclude_modules']!r}: no expression: {error}"
 
 
 def _is_positive(value: object, *types: type) -> bool:

@@ -33,6 +33,7 @@ from minilora.files.adapter import (
     write_adapter,
 )
 from minilora.files.adapter_config import CONFIG, read_adapter_shape
+from minilora.files.model_card import write_card
 from minilora.files.weights import INDEX, SINGLE, Checkpoint, StoredTensor
 from minilora.model.llama_shape import LlamaShape
 from minilora.model.lora_shape import MAGNITUDE, WHOLE, LoraShape
@@ -40,7 +41,10 @@ from minilora.settings.errors import RequestError, RunError
 
 CHUNK = 2**22  # how many bytes of a file are in memory at a time
 # What is not copied from the base's folder: weights in any format, and other adapters.
-NOT_COPIED = re.compile(r".*\.(safetensors|bin|pth|pt|gguf)|.*\.bin\.index\.json|adapter_.*")
+# README.md is the base's card, and its figures are those of the base.
+NOT_COPIED = re.compile(
+    r".*\.(safetensors|bin|pth|pt|gguf)|.*\.bin\.index\.json|adapter_.*|README\.md"
+)
 
 # Takes rows of a weight in fp32 and where they lie in it; returns what becomes of them, in fp32.
 ChangeRows = Callable[[Tensor, slice], Tensor]
@@ -147,8 +151,10 @@ def _addable(updates: Sequence[Update]) -> list[LoraUpdate]:
     return [update for update in updates if isinstance(update, LoraUpdate) and not update.dora]
 
 
-def export_merged(checkpoint: Checkpoint, updates: Updates, folder: Path) -> None:
+def export_merged(checkpoint: Checkpoint, updates: Updates, folder: Path, card: str) -> None:
     """Write the base with the updates added. Files, index, names and dtypes stay as they are.
+
+    card: the text of README.md.
 
     Everything is first written to a folder inside `folder` and read back, then moved into place.
     Host memory: a few chunks of CHUNK bytes, and A and B of the layer that is being changed.
@@ -164,6 +170,7 @@ def export_merged(checkpoint: Checkpoint, updates: Updates, folder: Path) -> Non
             stale = path.name == INDEX and checkpoint.files == (checkpoint.folder / SINGLE,)
             if path.is_file() and not stale and not NOT_COPIED.fullmatch(path.name):
                 shutil.copyfile(path, partial / path.name)
+        write_card(partial, card)
         for file in checkpoint.files:
             _write_checked(partial / file.name, _merged_file(file, checkpoint, updates))
 
@@ -240,11 +247,11 @@ def _write_checked(path: Path, chunks: Iterator[bytes]) -> None:
         raise RunError(f"{path} does not read back as it was written; check the disk")
 
 
-def export_adapter(checkpoint: Checkpoint, updates: Updates, folder: Path) -> LoraShape:
+def export_adapter(checkpoint: Checkpoint, updates: Updates, folder: Path, card: str) -> LoraShape:
     """Write the updates as one LoRA adapter that has one rank and one alpha for all its layers.
 
-    Returns its shape. Raises RequestError for an update that is no product B A, RunError if the
-    adapter does not read back as written.
+    card: the text of README.md. Returns its shape. Raises RequestError for an update that is no
+    product B A, RunError if the adapter does not read back as written.
     """
     pairs: dict[str, list[LoraUpdate]] = {}
     for layer, of_layer in updates.items():
@@ -273,6 +280,7 @@ def export_adapter(checkpoint: Checkpoint, updates: Updates, folder: Path) -> Lo
         tensors[f"{path}.lora_B"] = b
     write_adapter(folder, tensors, lora, base)
     check_adapter(folder, tensors)
+    write_card(folder, card)
     return lora
 
 

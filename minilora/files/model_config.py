@@ -31,7 +31,24 @@ def read_model_config(folder: Path) -> ModelConfig:
         raise RequestError([f"model_name_or_path: {folder}: {problem}"])
     path = folder / "config.json"
     values = read_json(path)
+    _refuse_quantized(values, path)
     return ModelConfig(folder, values, shape_from_config(values, str(path)))
+
+
+def _refuse_quantized(values: Mapping[str, Any], path: Path) -> None:
+    """Raise RequestError, in one line, for weights that are packed: none of them could be read."""
+    # The keys of transformers, of compressed-tensors before it, and of MLX.
+    for key in ("quantization_config", "compression_config", "quantization"):
+        asked = values.get(key)
+        if asked:
+            method = asked.get("quant_method") if isinstance(asked, dict) else None
+            kind = f" ({method})" if isinstance(method, str) else ""
+            raise RequestError(
+                [
+                    f"{path}: {key}: the weights are quantized{kind}, and only bf16, fp16 and fp32 "
+                    "can be read; name the folder of the model that they were quantized from"
+                ]
+            )
 
 
 def shape_from_config(config: Mapping[str, Any], where: str = "config.json") -> LlamaShape:

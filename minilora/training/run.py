@@ -16,6 +16,7 @@ from minilora.data.schedule import Schedule
 from minilora.data.steps import TileLimits
 from minilora.data.tokenizer_files import TokenizerFiles
 from minilora.files.deepspeed_file import zero_stage
+from minilora.files.model_card import CARD, adapter_card, write_card
 from minilora.files.output_folder import claimed
 from minilora.files.snapshot import delete_drafts, last_snapshot
 from minilora.files.weights import check_tied_head
@@ -25,9 +26,10 @@ from minilora.processes.launcher import check_launcher
 from minilora.processes.signals import Stopped
 from minilora.processes.startup_times import StartupTimes
 from minilora.processes.world import World
-from minilora.report.run_log import Report, Totals
-from minilora.settings.errors import RunError
+from minilora.report.run_log import RESULTS, Report, Totals
+from minilora.settings.errors import RequestError, RunError
 from minilora.settings.settings import Settings
+from minilora.settings.text_files import read_json
 from minilora.training.advice import Amounts, advice
 from minilora.training.checks import CheckedRequest, check
 from minilora.training.engine import Engine
@@ -141,9 +143,25 @@ def run_in(world: World, request: CheckedRequest, times: StartupTimes) -> None:
 def finish(job: Job, results: dict[str, float], forecast: Forecast) -> None:
     """Write the results, and compare the memory plan with what was measured. Collective."""
     job.log.finish(**results)
+    if job.world.rank == 0:
+        leave_card(job)
     measured = job.world.gather_objects(read_memory(job.world.device))
     job.log.message(forecast.closing(measured))
     job.log.message(f"the adapter is in {job.settings.train.output_dir}")
+
+
+def leave_card(job: Job) -> None:
+    """Write README.md beside the adapter. Rank 0 alone; that it cannot be written ends no run."""
+    settings = job.settings
+    values = settings.to_dict()
+    given = {key: values[key] for key in values if key in settings.origins}
+    try:
+        results = read_json(settings.output / RESULTS)
+        write_card(
+            settings.output, adapter_card(settings.base, settings.data.dataset, given, results)
+        )
+    except (OSError, RequestError) as error:
+        job.log.message(f"warning: {CARD} is not written: {error}")
 
 
 def about(world: World, request: CheckedRequest, base: TokenizerFiles) -> dict[str, Any]:

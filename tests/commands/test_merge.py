@@ -17,6 +17,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from minilora.files.model_card import CARD
 from minilora.files.model_config import read_model_config
 from minilora.files.weights import INDEX, read_checkpoint
 from minilora.tiny.checkpoint import TinyShape, write_tiny
@@ -147,7 +148,8 @@ def test_the_folder_is_a_model_once_everything_is_there(
     monkeypatch.setattr(os, "replace", noted)
     assert merge(tiny, make(tiny, tmp_path / "adapter", **PLAIN), tmp_path / "merged") == 0
     assert moved[-1] == "config.json" and INDEX in moved
-    assert sorted(moved) == sorted(path.name for path in tiny.iterdir() if path.is_file())
+    names = {path.name for path in tiny.iterdir() if path.is_file()}
+    assert set(moved) == names | {CARD}
 
 
 def test_what_no_adapter_touches_is_the_same_to_the_byte(base: Path, tmp_path: Path) -> None:
@@ -170,7 +172,7 @@ def test_what_no_adapter_touches_is_the_same_to_the_byte(base: Path, tmp_path: P
 
     files = set(index["weight_map"].values())
     kept = {path.name for path in base.iterdir()} | {"LICENSE"} | files
-    assert {path.name for path in merged.iterdir()} == kept and len(files) > 2
+    assert {path.name for path in merged.iterdir()} == kept | {CARD} and len(files) > 2
     for name in kept - files:
         assert (merged / name).read_bytes() == (folder / name).read_bytes()
     targets = re.compile(r".*\.(v|up)_proj\.weight")
@@ -201,7 +203,7 @@ def test_one_file_of_large_tensors_without_an_index(
     (tmp_path / "merged").mkdir()
     assert merge(folder, adapter, tmp_path / "merged") == 0
     names = {path.name for path in folder.iterdir()}
-    assert {path.name for path in (tmp_path / "merged").iterdir()} == names
+    assert {path.name for path in (tmp_path / "merged").iterdir()} == names | {CARD}
     assert "model.safetensors" in names and INDEX not in names
     expected = logits(PeftModel.from_pretrained(model_of(folder), adapter))
     torch.testing.assert_close(logits(model_of(tmp_path / "merged")), expected, atol=1e-5, rtol=0)

@@ -59,3 +59,31 @@ def test_hub_form_and_transformers5_form_mean_the_same() -> None:
     old |= {"rope_theta": 500000.0, "rope_scaling": scaling}
     assert shape_from_config(old) == shape_from_config(new)
     assert shape_from_config(new).rope.factor == 8.0
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("quantization_config", {"quant_method": "fp8"}, "weights are quantized (fp8)"),
+        (
+            "quantization_config",
+            {"quant_method": "gptq", "bits": 4},
+            "weights are quantized (gptq)",
+        ),
+        ("compression_config", {"format": "float-quantized"}, "weights are quantized, and only"),
+        ("quantization", {"group_size": 64, "bits": 4}, "name the folder of the model that they"),
+    ],
+)
+def test_a_quantized_checkpoint_gets_one_line(
+    tiny: Path, tmp_path: Path, key: str, value: object, words: str
+) -> None:
+    """Not one for each of its tensors, whose names and dtypes are all others."""
+    config = json.loads((tiny / "config.json").read_text(encoding="utf-8"))
+    (tmp_path / "config.json").write_text(json.dumps({**config, key: value}), encoding="utf-8")
+    with pytest.raises(RequestError) as refused:
+        read_model_config(tmp_path)
+    (problem,) = refused.value.problems
+    assert f"config.json: {key}: " in problem and words in problem
+    for nothing in (None, {}):
+        (tmp_path / "config.json").write_text(json.dumps({**config, key: nothing}))
+        read_model_config(tmp_path)
