@@ -4,33 +4,31 @@ from __future__ import annotations
 
 import datetime
 import json
-import signal
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import groupby
 from os.path import commonprefix
-from typing import Any, NoReturn
+from typing import Any
 
 import jinja2
 import jinja2.ext
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from minilora.data.conversations import ANSWERS, BadRow, Turn
+from minilora.data.template_sandbox import (
+    MOST_ADDED,
+    MOST_FACTOR,
+    REMEDY,
+    Generation,
+    Sandbox,
+    bounded,
+)
 from minilora.settings.errors import RequestError
 
 # The default date of Llama 3.1's template; later ones ask for today's, and then the same data would
 # be other tokens tomorrow.
 TODAY = datetime.datetime(2024, 7, 26)
 
-# A template is a program that came with the checkpoint, so its time and its output have limits.
-MOST_SECONDS = 3  # of processor time for one conversation; what is usual takes a thousandth
-MOST_ADDED = 1_000_000  # characters that a template may add to a conversation
-MOST_FACTOR = 8  # it may make a text this much longer: a JSON escape of one character has six
-MOST_BITS = 1000  # of a number that a template multiplies
-
-REMEDY = "use template: llama3, or another template"
 
 # What LLaMA-Factory writes between the results of tools that were called together
 # (data/converter.py).
@@ -100,7 +98,7 @@ class OwnTemplate:
 
     def __post_init__(self) -> None:
         try:
-            with _bounded():
+            with bounded():
                 _ = self._template  # compiled here, so that a broken template is told at once
         except jinja2.TemplateSyntaxError as error:
             raise RequestError([f"chat template, line {error.lineno}: {error.message}"]) from None
@@ -110,8 +108,8 @@ class OwnTemplate:
     @cached_property
     def _template(self) -> jinja2.Template:
         """The compiled template, with the extensions, filters and functions of transformers."""
-        extensions = [_Generation, jinja2.ext.loopcontrols]
-        environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
+        extensions = [Generation, jinja2.ext.loopcontrols]
+        environment = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
         # As transformers' filter: jinja2's own would escape <, > and & for HTML.
         environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
         environment.globals["raise_exception"] = _raise_exception
@@ -173,7 +171,7 @@ class OwnTemplate:
 
         # Piece by piece, so that a template that writes without end is stopped.
         try:
-            with _bounded():
+            with bounded():
                 for piece in self._template.generate(
                     messages=messages,
                     tools=None,
@@ -192,59 +190,6 @@ class OwnTemplate:
         except Exception as error:  # a template's code can raise anything
             raise BadRow(f"the chat template refuses it: {error}") from None
         return "".join(pieces)
-
-
-class _Sandbox(ImmutableSandboxedEnvironment):
-    """Runs no code but the template's, and no operation that is one endless call by itself.
-
-    Such a call could not be stopped: Python handles a signal only between two of its operations.
-    """
-
-    intercepted_binops = frozenset(["*", "**"])
-
-    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        """Multiply what stays small. Powers are refused: no chat template needs them."""
-        if operator == "**" or not (_stays_small(left, right) and _stays_small(right, left)):
-            raise jinja2.exceptions.SecurityError(f"{operator} of such values is not allowed")
-        return super().call_binop(context, operator, left, right)
-
-
-def _stays_small(value: Any, factor: Any) -> bool:
-    """Whether a number is small, or a text or list still is after so many repetitions."""
-    if isinstance(value, int):
-        return value.bit_length() <= MOST_BITS
-    if hasattr(value, "__len__") and isinstance(factor, int):
-        return len(value) * factor <= MOST_ADDED
-    return True
-
-
-class _Generation(jinja2.ext.Extension):
-    """{% generation %} marks answers for other programs; here its contents stand as they are."""
-
-    tags = {"generation"}
-
-    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return jinja2.nodes.Scope(body, lineno=line)
-
-
-@contextmanager
-def _bounded() -> Iterator[None]:
-    """Raises RequestError if a template takes too long, or more memory than there is."""
-
-    def stop(*_: object) -> NoReturn:
-        raise RequestError([f"chat template: still busy after {MOST_SECONDS} s; {REMEDY}"])
-
-    before = signal.signal(signal.SIGVTALRM, stop)
-    signal.setitimer(signal.ITIMER_VIRTUAL, MOST_SECONDS)
-    try:
-        yield
-    except MemoryError:
-        raise RequestError([f"chat template: needs more memory than there is; {REMEDY}"]) from None
-    finally:
-        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-        signal.signal(signal.SIGVTALRM, before)
 
 
 def _results_joined(turns: Sequence[Turn]) -> Iterator[Turn]:

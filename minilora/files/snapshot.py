@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar, get_origin, get_type_hints
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
@@ -27,11 +27,11 @@ from torch import Tensor
 
 from minilora.data.tokenizer_files import TokenizerFiles
 from minilora.files.adapter import write_adapter, write_atomically
+from minilora.files.records import STATE, restored
 from minilora.model.lora_shape import LoraShape
 from minilora.settings.errors import RequestError
 from minilora.settings.text_files import read_json
 
-STATE = "snapshot.json"
 TENSORS = "snapshot.safetensors"
 PREFIX = "checkpoint-"
 # Ends the name of a folder while it is being written, and while it is being deleted.
@@ -39,8 +39,6 @@ DRAFT = ".draft"
 # What fsync of a folder may say that ends a run. With any other error only a power cut could still
 # undo the renaming: many network file systems cannot flush a folder, and say EINVAL or ENOTSUP.
 DISK_ERRORS = (errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EROFS)
-
-Record = TypeVar("Record")
 
 
 @dataclass(frozen=True)
@@ -214,31 +212,6 @@ def _time_written(folder: Path) -> float:
 def read_state(folder: Path) -> State:
     """Read where the run stood that wrote this snapshot. Raises RequestError."""
     return restored(State, read_json(folder / STATE), folder)
-
-
-def restored(kind: type[Record], saved: Mapping[str, Any], folder: Path) -> Record:
-    """A dataclass from the values of its fields in snapshot.json.
-
-    Raises RequestError if other fields are there than the dataclass has, as in a snapshot of
-    another version of minilora, or a value is not of its field's type.
-    """
-    path = folder / STATE
-    types = get_type_hints(kind)
-    if saved.keys() != types.keys():
-        names = ", ".join(sorted(saved.keys() ^ types.keys()))
-        raise RequestError(
-            [
-                f"{path}: not a snapshot of this version of minilora, for it differs in {names}; "
-                "resume with the version that wrote it, or begin anew from its adapter: "
-                "adapter_name_or_path"
-            ]
-        )
-    for name, value in saved.items():
-        wanted = get_origin(types[name]) or types[name]
-        # JSON, as Python writes it, keeps whole numbers and others apart.
-        if type(value) is not wanted:
-            raise RequestError([f"{path}: {name} is {value!r}, not of type {wanted.__name__}"])
-    return kind(**saved)
 
 
 def read_tensors(folder: Path, expected: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from minilora.files.adapter import WEIGHTS
-from minilora.files.snapshot import restored
+from minilora.files.records import restored
 from minilora.settings.settings import TrainSettings
 
 

@@ -10,7 +10,8 @@ from typing import Any
 from torch import Tensor
 
 from minilora.data.documents import Documents
-from minilora.files.snapshot import State, find_snapshot, read_state, read_tensors, restored
+from minilora.files.records import restored
+from minilora.files.snapshot import State, find_snapshot, read_state, read_tensors
 from minilora.report.run_log import Totals
 from minilora.settings.errors import RequestError
 from minilora.training.best_model import best_before

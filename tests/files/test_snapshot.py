@@ -16,6 +16,7 @@ from transformers.trainer_utils import rotate_checkpoints
 from minilora.data.tokenizer_files import read_tokenizer_files
 from minilora.files.adapter import WEIGHTS
 from minilora.files.adapter_config import CONFIG
+from minilora.files.records import restored
 from minilora.files.snapshot import (
     DRAFT,
     PREFIX,
@@ -25,7 +26,6 @@ from minilora.files.snapshot import (
     find_snapshot,
     prune,
     read_state,
-    restored,
     write_snapshot,
 )
 from minilora.model.lora_shape import LoraShape
