@@ -134,6 +134,13 @@ class OwnTemplate:
             parts.append(_rest(prompt, done))
         return parts
 
+    def whole(self, turns: Sequence[Turn], prompt: bool) -> str:
+        """The text of a conversation in one piece; as a prompt, with what begins an answer.
+
+        Raises BadRow for turns that the template refuses.
+        """
+        return self._render([_message(turn) for turn in turns], add_generation_prompt=prompt)
+
     def _render(self, messages: list[dict[str, Any]], add_generation_prompt: bool) -> str:
         """The text of these messages. Raises BadRow, or RequestError past one of the limits."""
         limit = MOST_ADDED + MOST_FACTOR * len(str(messages))
