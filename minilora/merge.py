@@ -8,9 +8,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from minilora.data.chat import make_template
+from minilora.data.tokenizer import load_tokenizer
 from minilora.files.merging import Update, clashes, export_adapter, export_merged, read_updates
 from minilora.files.model_card import merged_card
 from minilora.files.model_config import read_model_config
+from minilora.files.modelfile import modelfile
 from minilora.files.weights import check_tied_head, read_checkpoint
 from minilora.settings.errors import RequestError, exit_code
 
@@ -32,6 +35,11 @@ def run(args: argparse.Namespace) -> None:
     adapters = [Path(name) for name in args.adapter_name_or_path.split(",")]
 
     problems = _folder_problems(args.export_dir)
+    if args.ollama and args.adapter_only:
+        problems.append("--ollama needs a merged model: leave out --adapter_only")
+    if args.template and not args.ollama:
+        problems.append("--template is for --ollama: a merged model keeps the base's own")
+    serving = _modelfile(args) if args.ollama else None
     weights = [1.0] * len(adapters)
     try:
         if args.adapter_weights is not None:
@@ -59,6 +67,18 @@ def run(args: argparse.Namespace) -> None:
         export_merged(checkpoint, updates, args.export_dir, card)
         gigabytes = checkpoint.total_bytes / 1e9
         print(f"{args.export_dir}: {gigabytes:.3f} GB, {len(updates)} layers changed")
+        if serving is not None:
+            text, left = serving
+            (args.export_dir / "Modelfile").write_text(text, encoding="utf-8")
+            print(f"ollama create NAME -f {args.export_dir / 'Modelfile'}", *left, sep="\n")
+
+
+def _modelfile(args: argparse.Namespace) -> tuple[str, list[str]]:
+    """The Modelfile of the merged model, and what it leaves to the user. Raises RequestError."""
+    tokenizer = load_tokenizer(args.model_name_or_path)
+    if args.template is None and tokenizer.chat_template is None:
+        return modelfile(tokenizer, None)
+    return modelfile(tokenizer, make_template(args.template, tokenizer))
 
 
 def _folder_problems(folder: Path) -> list[str]:
@@ -98,6 +118,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--adapter_only", action="store_true", help="write one adapter, not a merged model"
+    )
+    parser.add_argument(
+        "--ollama", action="store_true", help="also write a Modelfile, from which Ollama serves it"
+    )
+    parser.add_argument(
+        "--template", help="for --ollama, as in the training: llama3; default: the base's own"
     )
     return parser
 

@@ -145,6 +145,13 @@ class OwnTemplate:
             parts = _cut(self._render(messages, add_generation_prompt=True), pairs)
         return parts
 
+    def whole(self, turns: Sequence[Turn], prompt: bool) -> str:
+        """The text of a conversation in one piece; as a prompt, with what begins an answer.
+
+        Raises BadRow for turns that the template refuses.
+        """
+        return self._render([_message(turn) for turn in turns], add_generation_prompt=prompt)
+
     def _check_opening(self, messages: list[dict[str, Any]], before: str, done: str) -> None:
         """Name a template that opens answers with words that it leaves out of finished ones.
 

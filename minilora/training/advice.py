@@ -11,6 +11,7 @@ alpha / rank, as it is here. docs/settings.md says more. This file needs no torc
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -86,11 +87,11 @@ def published_rate(model_type: str, hidden_size: int, lora: LoraShape) -> float 
     At the same rank, the rate rule x 32 / alpha moves it as the rule's rate does at alpha 32.
     """
     # rsLoRA's scaling is alpha / sqrt(rank), which is that of the alpha alpha x sqrt(rank).
-    alpha = lora.alpha * (lora.rank**0.5 if lora.use_rslora else 1)
+    alpha = lora.alpha * (math.sqrt(lora.rank) if lora.use_rslora else 1)
     for family, exponent in EXPONENTS.items():
         if model_type.startswith(family):
-            rule = FULL_TRAINING * LORA_FACTOR * (RULE_HIDDEN / hidden_size) ** exponent
-            return float(rule * RULE_ALPHA / alpha)
+            rule: float = FULL_TRAINING * LORA_FACTOR * (RULE_HIDDEN / hidden_size) ** exponent
+            return rule * RULE_ALPHA / alpha
     return None
 
 

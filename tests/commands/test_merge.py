@@ -266,3 +266,21 @@ def test_memory_stays_under_two_of_the_largest_tensors(tiny: Path, tmp_path: Pat
     used = peak(large, "large") - peak(tiny, "tiny")
     print(f"peak over the base process: {used / 2**20:.0f} MiB")
     assert used < 2 * size
+
+
+def test_for_ollama_a_modelfile_lies_beside_the_merged_model(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter = make(tiny, tmp_path / "adapter", **PLAIN)
+    merged = tmp_path / "merged"
+    assert merge(tiny, adapter, merged, "--ollama", "--template", "llama3") == 0
+    assert f"ollama create NAME -f {merged / 'Modelfile'}" in capsys.readouterr().out
+    written = (merged / "Modelfile").read_text(encoding="utf-8")
+    assert written.startswith('FROM .\nTEMPLATE """{{ if .System }}<|start_header_id|>')
+    assert written.endswith('PARAMETER stop "<|eot_id|>"\n')
+
+    assert merge(tiny, adapter, tmp_path / "no", "--ollama", "--adapter_only") == 2
+    assert "--ollama needs a merged model" in capsys.readouterr().err
+    assert merge(tiny, adapter, tmp_path / "no", "--template", "llama3") == 2
+    assert "--template is for --ollama" in capsys.readouterr().err
+    assert not (tmp_path / "no").exists()
