@@ -186,5 +186,5 @@ def check_learned(adapter: Mapping[str, Tensor]) -> None:
     if still:
         raise RunError(
             f"{len(still)} of the adapter's matrices never moved from zero, {still[0]} first: "
-            "the run learned nothing there; is the learning rate 0?"
+            "the run learned nothing there; raise learning_rate, and begin anew"
         )
