@@ -38,7 +38,7 @@ class Tally:
     """How many rows are used, and for each reason to drop rows, the places of those rows.
 
     cut: of the rows that are used but were too long, how many tokens each lost.
-    notes: what else is to be said of them.
+    notes: lines with what else is to be said of them.
     """
 
     kept: int
@@ -84,7 +84,6 @@ class Tally:
             if len(places) > PLACES_SHOWN:
                 shown.append("...")
             parts.append(f"{len(places)}: {reason} ({', '.join(shown)})")
-        parts += self.notes
         if self.cut:
             parts.append(f"{len(self.cut)} cut, by {sum(self.cut):,} tokens in all")
         return "; ".join(parts)

@@ -61,6 +61,8 @@ def prepare(settings: Settings, shape: LlamaShape, colour: bool) -> Prepared:
         summary += f"; {len(validation)} documents to validate with"
     if held_out_tally is not None:
         summary += f" ({held_out_tally.summary()})"
+    for note in dict.fromkeys([*tally.notes, *(held_out_tally.notes if held_out_tally else ())]):
+        summary += f"\n{note}"
     summary += _length_warning(documents, validation, shape)
     sample = show(tokenizer, encoded[0], colour)
     return Prepared(documents, validation, summary, sample, tokenizer)

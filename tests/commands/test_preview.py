@@ -88,6 +88,25 @@ def test_what_is_cut_and_dropped_is_counted(
     assert "40 documents to validate with (40 rows used, 1 dropped; 1: " in output
 
 
+def test_what_becomes_of_special_text_and_of_weights_is_shown(
+    given: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = given["dataset"].with_name("special.jsonl")
+    say = [{"role": role, "content": "a <|eot_id|> b"} for role in ("user", "assistant")]
+    masked = [*say, say[0], {**say[1], "weight": 0, "content": "never"}]
+    row = json.dumps({"messages": masked})
+    rows.write_text(f"{row}\n" * 2, encoding="utf-8")
+    output = preview(capsys, given, dataset=rows, samples=1)
+    note = "2 rows hold the text of special tokens (<|eot_id|>), which are"
+    assert f"\n{note} plain characters; with split_special_tokens: false they are" in output
+    assert "[[a <|eot_id|> b<|eot_id|>]]" in output and "\n\nnever<|eot_id|>" in output
+    whole = re.search(r"(\d+) of them trained", output)
+    output = preview(capsys, given, dataset=rows, samples=1, split_special_tokens=False)
+    assert f"\n{note} special tokens (split_special_tokens: false)" in output
+    fewer = re.search(r"(\d+) of them trained", output)
+    assert whole and fewer and int(fewer[1]) < int(whole[1])
+
+
 def test_the_histogram_counts_every_document_where_it_belongs(
     given: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:

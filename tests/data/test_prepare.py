@@ -59,7 +59,9 @@ def test_what_is_held_out_and_what_is_trained_on_are_all_rows_in_their_order(
 def test_the_summary_has_the_numbers_of_the_documents(given: dict[str, Any]) -> None:
     found = prepared(given, eval_dataset=given["dataset"], eval_strategy="epoch", cutoff_len=90)
     tokens, trained = len(found.documents.tokens), int(found.documents.labelled.sum())
-    used, *rest = found.summary.split("; ")
+    first_line, *notes = found.summary.splitlines()
+    assert len(notes) == 1 and "rows hold the text of special tokens (<|eot_id|>)" in notes[0]
+    used, *rest = first_line.split("; ")
     assert used == "40 rows used, 0 dropped"
     assert f"40 documents, {tokens:,} tokens, {trained:,} of them trained" in rest
     assert "40 documents to validate with (40 rows used, 0 dropped" in rest

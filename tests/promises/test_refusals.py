@@ -261,6 +261,18 @@ def test_all_is_said_at_once(request_: Request) -> None:
         assert words in text
 
 
+def test_the_template_is_among_what_is_said_at_once(request_: Request) -> None:
+    """An unknown name is told with the other settings, a broken one with the other files."""
+    ask(template="llama4", lora_rank=0)(request_)
+    assert len(request_.problems()) == 2
+    ask(template="null", lora_rank=4)(request_)
+    for name in ("template: syntax", "deepspeed: another batch", "data: broken line"):
+        CASES[name if name in CASES else f"tokens: {name}"][0](request_)
+    text = "\n".join(request_.problems())
+    for words in ("chat template, line 2", "train_batch_size is 3", "rows.jsonl:2"):
+        assert words in text
+
+
 @pytest.mark.parametrize("name", ["config.json: endless depth", "tokens: template: endless text"])
 def test_real_processes_refuse_with_2(
     name: str, request_: Request, launch: Callable[..., tuple[int, str]]
