@@ -12,8 +12,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from minilora.data.chat import Template
-from minilora.data.chat_templates import Llama3, OwnTemplate
+from minilora.data.chat_templates import OwnTemplate
 from minilora.data.conversations import BadRow, Turn
+from minilora.data.named_templates import Renderer
 from minilora.data.tokenizer import Tokenizer
 from minilora.settings.errors import RequestError
 
@@ -108,12 +109,12 @@ def go_template(template: Template) -> GoTemplate | None:
     return derived if is_right and is_plain else None
 
 
-def _text(renderer: Llama3 | OwnTemplate, turns: Sequence[Turn], prompt: bool) -> str:
+def _text(renderer: Renderer, turns: Sequence[Turn], prompt: bool) -> str:
     """A conversation in one piece. A template of our own writes earlier turns as it writes them
     last, so its parts are the whole; a checkpoint's need not."""
     if isinstance(renderer, OwnTemplate):
         return renderer.whole(turns, prompt)
-    return "".join(renderer.parts(turns))
+    return "".join("".join(part) for part in renderer.parts(turns))
 
 
 def _derived(texts: Mapping[tuple[Turn, ...], str], answer_end: str) -> GoTemplate:
