@@ -18,10 +18,11 @@ from minilora.data.chat import Template, make_template
 from minilora.data.conversations import BadRow, Turn, to_turns
 from minilora.data.sources import OPENAI_TAGS, Row, read_rows
 from minilora.data.tokenizer import load_tokenizer
-from minilora.files.adapter import read_adapter
+from minilora.files.adapter import read_adapter, trained_in_bits
 from minilora.files.adapter_config import read_adapter_shape
 from minilora.files.model_config import read_model_config
-from minilora.files.weights import Checkpoint, TensorPart, read_checkpoint, read_parts
+from minilora.files.tensor_parts import TensorPart
+from minilora.files.weights import Checkpoint, read_checkpoint, read_parts
 from minilora.memory.measured import free_memory
 from minilora.model.decode import Sampling, generate
 from minilora.model.llama import Llama
@@ -52,7 +53,8 @@ def run(args: argparse.Namespace) -> None:
     """Check, load, answer. Raises RequestError before the weights are read."""
     if problems := _option_problems(args):
         raise RequestError(problems)
-    checkpoint = read_checkpoint(read_model_config(args.model_name_or_path))
+    config = read_model_config(args.model_name_or_path, args.quantization_bit)
+    checkpoint = read_checkpoint(config)
     tokenizer = load_tokenizer(args.model_name_or_path)
     template = make_template(args.template, tokenizer, args.system)
     room = (checkpoint.shape.max_positions or math.inf) - args.max_new_tokens
@@ -172,8 +174,7 @@ def load(checkpoint: Checkpoint, adapter: Path | None) -> Llama:
     """The model, on the GPU in bf16 or on the CPU in fp32. Raises RequestError if too large."""
     on_gpu = torch.cuda.is_available()
     device, dtype = ("cuda", torch.bfloat16) if on_gpu else ("cpu", torch.float32)
-    sizes = checkpoint.shape.parameter_shapes().values()
-    needed = sum(math.prod(size) for size in sizes) * dtype.itemsize
+    needed = checkpoint.shape.held_bytes(dtype.itemsize)
     free = torch.cuda.mem_get_info()[0] if on_gpu else free_memory(torch.device(device), 1)
     if needed > free:
         raise RequestError(
@@ -195,6 +196,10 @@ def load(checkpoint: Checkpoint, adapter: Path | None) -> Llama:
     trained = dict(lora_parameters(model))
     base = ((name, p) for name, p in model.named_parameters() if name not in trained)
     if adapter:
+        bits = trained_in_bits(adapter)
+        if bits and not checkpoint.shape.packed:
+            note = f"{adapter} was trained beside weights of {bits} bits"
+            print(f"{note}; --quantization_bit {bits} answers with those", file=sys.stderr)
         held = read_adapter(adapter, {name: tuple(p.shape) for name, p in trained.items()})
         for name, parameter in trained.items():
             parameter.data.copy_(held[name])
@@ -211,6 +216,9 @@ def _option_problems(args: argparse.Namespace) -> list[str]:
         "--top_p and --top_k need a --temperature above 0": args.temperature != 0
         or (args.top_p == 1 and args.top_k == 0),
         "--seed must be at least 0": args.seed >= 0,
+        f"--quantization_bit: {args.quantization_bit} is not supported; 4 is, or leave it out": (
+            args.quantization_bit in (None, 4)
+        ),
         "--prompts and --output need each other": (args.prompts is None) == (args.output is None),
         f"--output: {args.output} exists already": args.output is None or not args.output.exists(),
     }
@@ -228,6 +236,12 @@ def _parser() -> argparse.ArgumentParser:
         ("output", Path, None, "new .jsonl file for the answers to --prompts"),
         ("system", str, None, "system message for prompts that have none"),
         ("template", str, None, "llama3; default: the one that came with the base model"),
+        (
+            "quantization_bit",
+            int,
+            None,
+            "4: hold the linear layers in 4 bits, as they were trained",
+        ),
         ("max_new_tokens", int, 512, "longest answer [512]"),
         ("temperature", float, 0.0, "0: always the likeliest token [0]"),
         ("top_p", float, 1.0, "draw from the likeliest tokens that together reach this [1]"),

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from minilora.files.adapter import trained_in_bits
 from minilora.files.merging import Update, clashes, export_adapter, export_merged, read_updates
 from minilora.files.model_config import read_model_config
 from minilora.files.weights import read_checkpoint
@@ -56,6 +57,13 @@ def run(args: argparse.Namespace) -> None:
         export_merged(checkpoint, updates, args.export_dir)
         gigabytes = checkpoint.total_bytes / 1e9
         print(f"{args.export_dir}: {gigabytes:.3f} GB, {len(updates)} layers changed")
+        for adapter in adapters:
+            if bits := trained_in_bits(adapter):
+                print(
+                    f"{adapter} was trained beside weights of {bits} bits, and is now merged into "
+                    "those of the files, which are more exact: compare answers with "
+                    f"minilora.generate --quantization_bit {bits}"
+                )
 
 
 def _folder_problems(folder: Path) -> list[str]:

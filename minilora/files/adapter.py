@@ -22,6 +22,8 @@ from minilora.model.lora_shape import LoraShape
 from minilora.settings.errors import RequestError, RunError, shortened
 
 WEIGHTS = "adapter_model.safetensors"
+# In the metadata of that file: quantization_bit of the run, if it was set.
+QUANTIZATION = "quantization_bit"
 # PEFT wraps the model twice, and the names of both wrappers stand before every parameter.
 PREFIX = "base_model.model."
 # The files that transformers writes for a tokenizer. They are kept beside the adapter, so that
@@ -40,13 +42,15 @@ class AdapterBase:
 
     path: the base's folder, which adapter_config.json names.
     tokenizer_files: the content of each of TOKENIZER_FILES that the base has, by its name.
+    quantization_bit: the setting, under which the base's weights were held in 4 bits.
     """
 
     path: Path
     tokenizer_files: Mapping[str, bytes]
+    quantization_bit: int | None = None
 
 
-def read_adapter_base(folder: Path) -> AdapterBase:
+def read_adapter_base(folder: Path, quantization_bit: int | None = None) -> AdapterBase:
     """Read the tokenizer files of a base model, once for all adapters that a run writes.
 
     Raises RequestError for a file that cannot be read.
@@ -62,7 +66,7 @@ def read_adapter_base(folder: Path) -> AdapterBase:
             contents[name] = path.read_bytes()
         except OSError as error:
             raise RequestError([f"{path}: {str(error.strerror).lower()}"]) from None
-    return AdapterBase(folder, contents)
+    return AdapterBase(folder, contents, quantization_bit)
 
 
 def stored_name(parameter: str) -> str:
@@ -86,7 +90,11 @@ def write_adapter(
     """
     folder.mkdir(parents=True, exist_ok=True)
     by_stored_name = {stored_name(name): tensor for name, tensor in tensors.items()}
-    write_atomically(folder / WEIGHTS, save(by_stored_name, metadata={"format": "pt"}))
+    metadata = {"format": "pt"}
+    if base.quantization_bit is not None:
+        # adapter_config.json has no key for it, and PEFT warns of keys that it does not know.
+        metadata[QUANTIZATION] = str(base.quantization_bit)
+    write_atomically(folder / WEIGHTS, save(by_stored_name, metadata=metadata))
     for name, content in base.tokenizer_files.items():
         write_atomically(folder / name, content)
 
@@ -94,6 +102,13 @@ def write_adapter(
     # of the patterns in rank_pattern and alpha_pattern the first that matches a layer counts.
     config = json.dumps(peft_config(lora, base.path), indent=2) + "\n"
     write_atomically(folder / CONFIG, config.encode())
+
+
+def trained_in_bits(folder: Path) -> str | None:
+    """quantization_bit of the run that wrote a sound adapter, None if it was not set."""
+    with safe_open(folder / WEIGHTS, framework="np") as opened:
+        metadata = opened.metadata() or {}
+    return metadata.get(QUANTIZATION)
 
 
 def check_adapter(folder: Path, expected: Mapping[str, Tensor]) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
+
+from minilora.model.nf4_shape import packed_shapes
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,8 @@ class LlamaShape:
     num_kv_heads: heads of keys and values, each shared by num_heads / num_kv_heads heads of
     queries. tied: whether the head is the embedding table. max_positions: the longest document
     that the checkpoint was trained for, in tokens, or None where config.json does not say. It
-    limits nothing here; longer documents get a warning.
+    limits nothing here; longer documents get a warning. packed: whether the linear layers of the
+    blocks are held in memory in 4 bits (see nf4.py); the files are the same.
     """
 
     vocab_size: int
@@ -43,6 +47,18 @@ class LlamaShape:
     attention_bias: bool = False
     mlp_bias: bool = False
     max_positions: int | None = None
+    packed: bool = False
+
+    def in_bits(self, quantization_bit: int | None) -> LlamaShape:
+        """The same model with its linear layers held in 4 bits, or as they are with None.
+
+        Raises RequestError naming the layers whose rows do not divide into blocks of 64 weights.
+        """
+        if quantization_bit is None:
+            return self
+        assert quantization_bit == 4, "checked with the settings"
+        packed_shapes(self.linear_shapes())
+        return replace(self, packed=True)
 
     @property
     def query_features(self) -> int:
@@ -117,6 +133,22 @@ class LlamaShape:
         if not self.tied:
             shapes["lm_head.weight"] = (self.vocab_size, self.hidden_size)
         return shapes
+
+    def held_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every parameter as it is held in memory: those of packed layers are (out, bytes)."""
+        shapes = self.parameter_shapes()
+        if self.packed:
+            layers = self.linear_layers()
+            shapes |= packed_shapes({f"{path}.weight": size for path, size in layers.items()})
+        return shapes
+
+    def held_bytes(self, number_bytes: int) -> int:
+        """Bytes of all parameters where a number that is not packed takes number_bytes."""
+        packed = {f"{path}.weight" for path in self.linear_layers()} if self.packed else set()
+        return sum(
+            math.prod(shape) * (1 if name in packed else number_bytes)
+            for name, shape in self.held_shapes().items()
+        )
 
 
 def _parent(name: str) -> str:

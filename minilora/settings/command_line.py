@@ -14,7 +14,14 @@ from typing import Any
 
 from minilora.settings.errors import RequestError
 from minilora.settings.fields import BOOLEANS, kind_of, typed
-from minilora.settings.foreign_keys import IGNORED, IGNORED_PREFIXES, OFF, REFUSED, asks_for_nothing
+from minilora.settings.foreign_keys import (
+    EXPLAINED,
+    IGNORED,
+    IGNORED_PREFIXES,
+    OFF,
+    REFUSED,
+    asks_for_nothing,
+)
 from minilora.settings.keys import GROUPS, all_settings
 from minilora.settings.settings import Settings
 from minilora.settings.settings_file import NULL, Given, Raw, read_file
@@ -179,10 +186,13 @@ def _without_foreign_keys(
             refusal = REFUSED[key]
             if not asks_for_nothing(value.raw, refusal.harmless):
                 problems.append(f"{where}: {value.raw!r} is not supported: {refusal.remedy}")
+        elif key in EXPLAINED:
+            if not asks_for_nothing(value.raw, OFF):
+                notices.append(f"{key} means nothing here: {EXPLAINED[key]}")
         elif key in IGNORED or key.startswith(IGNORED_PREFIXES):
             ignored.append(key)
         else:
-            known = [*names, "neat_packing", *REFUSED, *IGNORED]
+            known = [*names, "neat_packing", *REFUSED, *IGNORED, *EXPLAINED]
             close = difflib.get_close_matches(key, known, n=1)
             hint = f"did you mean {close[0]}?" if close else "--help lists every key"
             problems.append(f"{where} is not a known key: {hint}")

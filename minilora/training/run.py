@@ -77,7 +77,7 @@ def run_in(world: World, request: CheckedRequest, times: StartupTimes) -> None:
     documents, validation, notes = shared_documents(world, settings, shape)
     with world.agreed():
         start = starting_point(request, documents, validation)
-        base = read_adapter_base(settings.base)
+        base = read_adapter_base(settings.base, settings.model.quantization_bit)
     done = (start.state.step, start.state.rows)
     schedule = Schedule.of(documents.lengths, settings, world.size, shape.break_even_length, done)
     times.finished("tokens")
@@ -165,5 +165,7 @@ def facts(
         f"{request.lora}: {request.lora.size(checkpoint.shape):,} parameters; "
         f"{schedule.total_steps} optimizer steps of {schedule.rows_per_step} rows"
     )
+    if checkpoint.shape.packed:
+        yield "the weights of the blocks' linear layers are held in 4 bits (NF4)"
     others = ", the others recompute them" if keep_blocks < layers else ""
     yield f"{keep_blocks} of {layers} blocks keep their activations{others}"

@@ -69,6 +69,7 @@ def starting_point(
         "data": documents.fingerprint(),
         "lora": asdict(request.lora),
         "packing": settings.packs,
+        "quantization_bit": settings.model.quantization_bit,
         **{key: getattr(settings.train, key) for key in UNCHANGING},
     }
     folder = find_snapshot(settings.output, settings.train.resume_from_checkpoint)

@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from minilora.files.model_config import read_model_config
-from minilora.files.weights import INDEX, TensorPart, read_checkpoint, read_parts
+from minilora.files.tensor_parts import TensorPart
+from minilora.files.weights import INDEX, read_checkpoint, read_parts
 from minilora.settings.errors import RequestError
 from tests.support.broken_weights import (
     BROKEN,
@@ -69,7 +70,8 @@ def test_reading_needs_no_more_memory_than_the_part(tmp_path: Path) -> None:
 import json, resource, torch
 from pathlib import Path
 from safetensors.torch import save_file
-from minilora.files.weights import Checkpoint, TensorPart, StoredTensor, read_parts
+from minilora.files.tensor_parts import TensorPart
+from minilora.files.weights import Checkpoint, StoredTensor, read_parts
 path = Path({str(tmp_path)!r}) / "big.safetensors"
 stored = StoredTensor(path, 8 + int.from_bytes(path.open("rb").read(8), "little"),
                       (7500, 7000), torch.float32)
