@@ -35,7 +35,8 @@ COMMANDS = 4
 HEART = """
 training/loop training/job training/milestones training/engine training/learning_rate
 model/attention model/dropout model/linear model/llama model/llama_shape model/lora model/loss
-model/matrix model/nf4 model/nf4_shape model/offload model/recompute model/rope model/swiglu model/tiles
+model/matrix model/nf4 model/nf4_shape model/offload model/recompute model/rope model/swiglu
+model/tiles
 data/documents data/schedule data/steps
 files/tensor_parts files/weights
 """.split()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 
 from minilora.tiny.checkpoint import TinyShape
 
@@ -12,6 +13,9 @@ SMALL = TinyShape(
     hidden=32, intermediate=64, layers=2, head_dim=8, dtype="float32", shard_bytes=60_000
 )
 
+
+# The smallest whose weights can be packed to 4 bits: every row is of whole blocks of 64.
+PACKABLE = replace(SMALL, hidden=64, intermediate=128, head_dim=16, shard_bytes=200_000)
 
 Launch = Callable[..., tuple[int, str]]
 
