@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from minilora.settings.foreign_keys import IGNORED, REFUSED
+from minilora.settings.foreign_keys import EXPLAINED, IGNORED, REFUSED
 from minilora.settings.keys import all_settings
 from tests.support.settings_files import (
     NEEDED,
@@ -19,7 +19,10 @@ from tests.support.settings_files import (
 
 # One line of YAML -> what the message must say besides the key and its line.
 REFUSED_VALUES = {
-    "quantization_bit: 4": "'4' is not supported: remove it; the frozen weights stay bf16",
+    "quantization_type: fp4": "'fp4' is not supported: use nf4, the only kind of 4 bits here",
+    "quantization_method: hqq": "'hqq' is not supported: use bnb with quantization_bit: 4",
+    "quantization_method: eetq": "'eetq' is not supported: use bnb with quantization_bit: 4",
+    "quantization_method: gptq": "'gptq' is not supported: use bnb with quantization_bit: 4",
     "finetuning_type: full": "'full' is not supported: set it to lora",
     "finetuning_type: freeze": "'freeze' is not supported: set it to lora",
     "do_train: false": "'false' is not supported: set it to true",
@@ -74,7 +77,7 @@ def test_refused_keys_have_harmless_values(tmp_path: Path, key: str) -> None:
 
 def test_no_key_has_two_fates() -> None:
     settings = {item.name for _, item in all_settings()}
-    groups = [settings, set(REFUSED), set(IGNORED)]
+    groups = [settings, set(REFUSED), set(IGNORED), set(EXPLAINED)]
     assert len(set().union(*groups)) == sum(len(group) for group in groups)
 
 
@@ -105,3 +108,15 @@ def test_notices_for_what_is_taken_otherwise(tmp_path: Path) -> None:
         "neat_packing means packing: packed documents never see each other here",
         "lr_scheduler_type constant has no warm-up; see constant_with_warmup",
     )
+
+
+def test_four_bits_as_llama_factory_asks_for_them(tmp_path: Path) -> None:
+    for method in ("bnb", "bitsandbytes"):
+        text = f"quantization_bit: 4\nquantization_type: nf4\nquantization_method: {method}\n"
+        settings = read(tmp_path, f"{NEEDED}{text}double_quantization: true\n")
+        assert settings.model.quantization_bit == 4
+        assert settings.notices == (
+            "double_quantization means nothing here: the scales of 4-bit weights stay exact, at "
+            "0.12 bit more for a weight",
+        )
+    assert read(tmp_path, f"{NEEDED}double_quantization: false\n").notices == ()
