@@ -16,7 +16,7 @@ from benchmarks.workloads import LLAMA_FACTORY, SIZES, Size, rows, weight
 from minilora.data.documents import Documents
 from minilora.data.schedule import Schedule
 from minilora.data.steps import TileLimits
-from minilora.files.adapter import AdapterBase
+from minilora.data.tokenizer_files import TokenizerFiles
 from minilora.files.deepspeed_file import Facts, find_ds_config, resolve_ds_config
 from minilora.files.snapshot import State
 from minilora.files.tensor_parts import TensorPart
@@ -105,7 +105,7 @@ def run(turns: Turns) -> None:
             schedule=schedule,
             limits=TileLimits(options.tile_tokens, way.gather_tokens),
             lora=plan.lora,
-            base=AdapterBase(settings.base, {}),
+            base=TokenizerFiles(settings.base, {}),
             start=State(0, 0, {}, {}, {}),
             log=log,
         )

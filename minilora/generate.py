@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
-from minilora.data.chat import Template, make_template
-from minilora.data.conversations import BadRow, Turn, to_turns
-from minilora.data.sources import OPENAI_TAGS, Row, read_rows
+from minilora.data.chat import make_template
+from minilora.data.prompts import encode_prompts, read_prompts
+from minilora.data.sources import Row
 from minilora.data.tokenizer import load_tokenizer
 from minilora.files.adapter import read_adapter, trained_in_bits
 from minilora.files.adapter_config import read_adapter_shape
@@ -24,12 +23,17 @@ from minilora.files.model_config import read_model_config
 from minilora.files.tensor_parts import TensorPart
 from minilora.files.weights import Checkpoint, read_checkpoint, read_parts
 from minilora.memory.measured import free_memory
+from minilora.model.build import NewAdapter, build_model
 from minilora.model.decode import Sampling, generate
 from minilora.model.llama import Llama
-from minilora.model.lora import inject, lora_parameters
+from minilora.model.lora import lora_parameters
 from minilora.settings.errors import RequestError, RunError, exit_code
+from minilora.settings.terminal import progress_bar
 
 BATCH = 16  # prompts of a file that are answered side by side
+
+# What decoders write for bytes that are not yet, or never, a character.
+REPLACEMENT = "\ufffd"
 
 Answer = Callable[..., Iterator[tuple[int, int]]]  # `generate`, with its settings
 Decode = Callable[[Sequence[int]], str]
@@ -53,43 +57,62 @@ def run(args: argparse.Namespace) -> None:
     """Check, load, answer. Raises RequestError before the weights are read."""
     if problems := _option_problems(args):
         raise RequestError(problems)
+
     config = read_model_config(args.model_name_or_path, args.quantization_bit)
     checkpoint = read_checkpoint(config)
     tokenizer = load_tokenizer(args.model_name_or_path)
     template = make_template(args.template, tokenizer, args.system)
     room = (checkpoint.shape.max_positions or math.inf) - args.max_new_tokens
-    encode: Encode = partial(encode_rows, template, room)
-    rows = (
-        read_prompts(args.prompts) if args.prompts else [Row("--prompt", {"prompt": args.prompt})]
-    )
+    encode: Encode = partial(encode_prompts, template, room)
+    decode: Decode = partial(tokenizer.decode, skip_special_tokens=True)
+
+    # A prompt that cannot be answered is refused before the weights are read, which takes long.
+    if args.prompts:
+        rows = read_prompts(args.prompts)
+    else:
+        rows = [Row("--prompt", {"prompt": args.prompt})]
     prompts = [] if args.interactive else encode(rows)
-    model = load(checkpoint, args.adapter_name_or_path)
+
     answer: Answer = partial(
         generate,
-        model,
+        load(checkpoint, args.adapter_name_or_path),
         max_new_tokens=args.max_new_tokens,
         stop_ids=template.stop_ids,
         sampling=Sampling(args.temperature, args.top_k, args.top_p, args.seed),
     )
-    decode: Decode = partial(tokenizer.decode, skip_special_tokens=True)
     if args.interactive:
         chat(answer, encode, decode)
-    elif args.prompts is None:
-        show(answer(prompts), decode)
-    else:
+    elif args.prompts:
+        rows_with_answers = answer_rows(rows, prompts, answer, decode)
         with args.output.open("x", encoding="utf-8") as output:
-            for first in tqdm(range(0, len(rows), BATCH)):
-                tokens: list[list[int]] = [[] for _ in rows[first : first + BATCH]]
-                for index, token in answer(prompts[first : first + BATCH], first=first):
-                    tokens[index].append(token)
-                for row, answered in zip(rows[first:], tokens, strict=False):
-                    line = {**row.value, "predict": decode(answered)}  # LLaMA-Factory's name
-                    output.write(json.dumps(line, ensure_ascii=False) + "\n")
+            for row in rows_with_answers:
+                output.write(json.dumps(row, ensure_ascii=False) + "\n")
                 output.flush()
+    else:
+        show(answer(prompts), decode)
+
+
+def answer_rows(
+    rows: Sequence[Row], prompts: Sequence[Sequence[int]], answer: Answer, decode: Decode
+) -> Iterator[dict[str, Any]]:
+    """Each row with its answer, in order; `prompts` are the tokens of the rows.
+
+    Progress is shown on stderr.
+    """
+    with progress_bar(len(rows), "prompt") as bar:
+        for first in range(0, len(rows), BATCH):
+            batch = rows[first : first + BATCH]
+            answers: list[list[int]] = [[] for _ in batch]
+            for index, token in answer(prompts[first : first + BATCH], first=first):
+                answers[index].append(token)
+
+            for row, tokens in zip(batch, answers, strict=True):
+                yield {**row.value, "predict": decode(tokens)}  # LLaMA-Factory's name
+            bar.update(len(batch))
 
 
 def show(tokens: Iterable[tuple[int, int]], decode: Decode) -> str:
-    """Print an answer while it grows; returns it whole."""
+    """Print an answer while it grows, and return all of it."""
     pieces = []
     for piece in stream((token for _, token in tokens), decode):
         print(piece, end="", flush=True)
@@ -101,13 +124,15 @@ def show(tokens: Iterable[tuple[int, int]], decode: Decode) -> str:
 def stream(tokens: Iterable[int], decode: Decode) -> Iterator[str]:
     """Text piece by piece; a character waits until the tokens of all its bytes have come."""
     so_far: list[int] = []
-    text, shown = "", 0
+    text = ""
+    shown = 0
     for token in tokens:
         so_far.append(token)
+        # All tokens again, because the text of a token may depend on the one before it.
         text = decode(so_far)
-        whole = len(text.rstrip("\ufffd"))  # what decoders write for bytes that are no character
-        yield text[shown:whole]
-        shown = whole
+        complete = len(text.rstrip(REPLACEMENT))
+        yield text[shown:complete]
+        shown = complete
     yield text[shown:]
 
 
@@ -120,6 +145,7 @@ def chat(answer: Answer, encode: Encode, decode: Decode) -> None:
             prompt = input("> ").strip()
         except EOFError:
             return
+
         if prompt == "exit":
             return
         if prompt == "clear":
@@ -130,71 +156,20 @@ def chat(answer: Answer, encode: Encode, decode: Decode) -> None:
             messages.append({"role": "assistant", "content": show(answer(prompts), decode)})
 
 
-def read_prompts(path: Path) -> list[Row]:
-    """Rows with `prompt` or `messages`: of a .jsonl file, or one per line of a .txt file."""
-    if path.suffix not in (".txt", ".jsonl") or not path.is_file():
-        raise RequestError([f"--prompts: {path} is not a .txt or .jsonl file"])
-    rows = read_rows(path)
-    if path.suffix == ".txt":
-        return [Row(row.place, {"prompt": row.value["text"]}) for row in rows]
-    return rows
-
-
-def encode_rows(template: Template, room: float, rows: Sequence[Row]) -> list[list[int]]:
-    """The tokens of every prompt. Raises RequestError naming each that cannot be answered."""
-    prompts, problems = [], []
-    for row in rows:
-        try:
-            prompts.append(template.prompt(_turns(row.value)))
-            if len(prompts[-1]) > room:
-                problems.append(
-                    f"{row.place}: the prompt's {len(prompts[-1])} tokens and --max_new_tokens "
-                    "exceed max_position_embeddings in config.json"
-                )
-        except BadRow as error:
-            problems.append(f"{row.place}: {error}")
-    if problems:
-        raise RequestError(problems)
-    return prompts
-
-
-def _turns(row: Any) -> tuple[Turn, ...]:
-    """The turns of a row that asks. Raises BadRow."""
-    messages = row.get("messages") if isinstance(row, dict) else None
-    if isinstance(row, dict) and "prompt" in row:
-        messages = [{"role": "user", "content": row["prompt"]}]
-    if not isinstance(messages, list):
-        raise BadRow("neither a prompt nor a list of messages")
-    # With an answer it is a conversation, to be checked like those that are trained on.
-    whole = {"messages": [*messages, {"role": "assistant", "content": ""}]}
-    return to_turns(whole, "openai", {"messages": "messages"}, OPENAI_TAGS)[:-1]
-
-
 def load(checkpoint: Checkpoint, adapter: Path | None) -> Llama:
     """The model, on the GPU in bf16 or on the CPU in fp32. Raises RequestError if too large."""
     on_gpu = torch.cuda.is_available()
-    device, dtype = ("cuda", torch.bfloat16) if on_gpu else ("cpu", torch.float32)
-    needed = checkpoint.shape.held_bytes(dtype.itemsize)
-    free = torch.cuda.mem_get_info()[0] if on_gpu else free_memory(torch.device(device), 1)
-    if needed > free:
-        raise RequestError(
-            [
-                f"{checkpoint.folder}: needs {needed / 2**30:.1f} GiB on the {device} in {dtype}, "
-                f"where {free / 2**30:.1f} GiB are free; take a larger machine or a smaller model"
-            ]
-        )
-    lora = adapter and read_adapter_shape(adapter, checkpoint.shape, dropout=0.0)
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device(device):
-            model = Llama(checkpoint.shape)
-            if lora:
-                inject(model, lora, seed=0, dtype=dtype)
-    finally:
-        torch.set_default_dtype(default)
+    device = torch.device("cuda" if on_gpu else "cpu")
+    dtype = torch.bfloat16 if on_gpu else torch.float32
+    _check_that_it_fits(checkpoint, device, dtype)
+
+    new_adapter = None
+    if adapter:
+        lora = read_adapter_shape(adapter, checkpoint.shape, dropout=0.0)
+        new_adapter = NewAdapter(lora, seed=0, dtype=dtype)
+    model = build_model(checkpoint.shape, new_adapter, dtype=dtype, place=device)
+
     trained = dict(lora_parameters(model))
-    base = ((name, p) for name, p in model.named_parameters() if name not in trained)
     if adapter:
         bits = trained_in_bits(adapter)
         if bits and not checkpoint.shape.packed:
@@ -203,57 +178,88 @@ def load(checkpoint: Checkpoint, adapter: Path | None) -> Llama:
         held = read_adapter(adapter, {name: tuple(p.shape) for name, p in trained.items()})
         for name, parameter in trained.items():
             parameter.data.copy_(held[name])
-    read_parts(checkpoint, (TensorPart(name, 0, p.data.view(-1)) for name, p in base))
+    frozen = (item for item in model.named_parameters() if item[0] not in trained)
+    read_parts(checkpoint, (TensorPart(name, 0, p.data.view(-1)) for name, p in frozen))
     return model
 
 
+def _check_that_it_fits(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
+    """Raise RequestError if the device has no room for the weights in this dtype."""
+    needed = checkpoint.shape.held_bytes(dtype.itemsize)
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info()[0]
+    else:
+        free = free_memory(device, processes=1)
+    if needed > free:
+        problem = (
+            f"{checkpoint.folder}: needs {needed / 2**30:.1f} GiB on the {device} in {dtype}, "
+            f"where {free / 2**30:.1f} GiB are free; take a larger machine or a smaller model"
+        )
+        raise RequestError([problem])
+
+
 def _option_problems(args: argparse.Namespace) -> list[str]:
-    holds = {
-        "--max_new_tokens must be at least 1": args.max_new_tokens >= 1,
-        "--temperature must be at least 0": 0 <= args.temperature < math.inf,
-        "--top_p must be above 0 and at most 1": 0 < args.top_p <= 1,
-        "--top_k must be at least 0": args.top_k >= 0,
-        "--top_p and --top_k need a --temperature above 0": args.temperature != 0
-        or (args.top_p == 1 and args.top_k == 0),
-        "--seed must be at least 0": args.seed >= 0,
-        f"--quantization_bit: {args.quantization_bit} is not supported; 4 is, or leave it out": (
-            args.quantization_bit in (None, 4)
-        ),
-        "--prompts and --output need each other": (args.prompts is None) == (args.output is None),
-        f"--output: {args.output} exists already": args.output is None or not args.output.exists(),
-    }
-    return [problem for problem, held in holds.items() if not held]
+    """What is wrong with the options, before any file is read."""
+    problems = []
+    if args.max_new_tokens < 1:
+        problems.append("--max_new_tokens must be at least 1")
+    if not 0 <= args.temperature < math.inf:  # nan is refused too
+        problems.append("--temperature must be at least 0")
+    if not 0 < args.top_p <= 1:
+        problems.append("--top_p must be above 0 and at most 1")
+    if args.top_k < 0:
+        problems.append("--top_k must be at least 0")
+    if args.temperature == 0 and (args.top_p != 1 or args.top_k != 0):
+        problems.append("--top_p and --top_k need a --temperature above 0")
+    if args.seed < 0:
+        problems.append("--seed must be at least 0")
+    if args.quantization_bit not in (None, 4):
+        bits = args.quantization_bit
+        problems.append(f"--quantization_bit: {bits} is not supported; 4 is, or leave it out")
+    if (args.prompts is None) != (args.output is None):
+        problems.append("--prompts and --output need each other")
+    if args.output is not None and args.output.exists():
+        problems.append(f"--output: {args.output} exists already")
+    return problems
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m minilora.generate", allow_abbrev=False)
-    asked = parser.add_mutually_exclusive_group(required=True)
-    for option, kind, default, meaning in (
-        ("model_name_or_path", Path, None, "folder of the base model"),
-        ("adapter_name_or_path", Path, None, "folder of an adapter; default: the base model alone"),
-        ("prompt", str, None, "answer this"),
-        ("prompts", Path, None, "file: a prompt per line of .txt, or .jsonl (prompt or messages)"),
-        ("output", Path, None, "new .jsonl file for the answers to --prompts"),
-        ("system", str, None, "system message for prompts that have none"),
-        ("template", str, None, "llama3; default: the one that came with the base model"),
-        (
-            "quantization_bit",
-            int,
-            None,
-            "4: hold the linear layers in 4 bits, as they were trained",
-        ),
-        ("max_new_tokens", int, 512, "longest answer [512]"),
-        ("temperature", float, 0.0, "0: always the likeliest token [0]"),
-        ("top_p", float, 1.0, "draw from the likeliest tokens that together reach this [1]"),
-        ("top_k", int, 0, "draw from this many of the likeliest tokens; 0: from all [0]"),
-        ("seed", int, 42, "of the draws [42]"),
-    ):
-        group = asked if option.startswith("prompt") else parser
-        required = option == "model_name_or_path"
-        group.add_argument(
-            f"--{option}", type=kind, default=default, required=required, help=meaning
-        )
-    asked.add_argument("--interactive", action="store_true", help="chat on the terminal")
+    add = parser.add_argument
+    ask = parser.add_mutually_exclusive_group(required=True).add_argument
+
+    add("--model_name_or_path", type=Path, required=True, help="folder of the base model")
+    add("--adapter_name_or_path", type=Path, help="folder of an adapter; default: none")
+    ask("--prompt", help="answer this")
+    ask(
+        "--prompts",
+        type=Path,
+        help="file: .txt with a prompt per line, or .jsonl with prompt or messages",
+    )
+    ask("--interactive", action="store_true", help="chat on the terminal")
+    add("--output", type=Path, help="new .jsonl file for the answers to --prompts")
+    add("--system", help="system message for prompts that have none")
+    add("--template", help="llama3; default: the one that came with the base model")
+    add(
+        "--quantization_bit",
+        type=int,
+        help="4: hold the linear layers in 4 bits, as they were trained; default: as in the files",
+    )
+    add("--max_new_tokens", type=int, default=512, help="tokens of the longest answer [512]")
+    add("--temperature", type=float, default=0.0, help="0: always the likeliest token [0]")
+    add(
+        "--top_p",
+        type=float,
+        default=1.0,
+        help="draw from the likeliest tokens that together reach this probability [1]",
+    )
+    add(
+        "--top_k",
+        type=int,
+        default=0,
+        help="draw from this many of the likeliest tokens; 0: from all [0]",
+    )
+    add("--seed", type=int, default=42, help="seed of the draws [42]")
     return parser
 
 

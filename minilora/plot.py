@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from minilora.report.curves import LOG, curve, draw_runs, drawing, read_log
 from minilora.settings.errors import RequestError, exit_code
@@ -19,22 +20,26 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> None:
     """Read every log, then draw. Raises RequestError with every run that has nothing to draw."""
-    runs, problems = {}, []
-    names = [Path(run).resolve().name for run in args.runs]
-    for run, name in zip(args.runs, names, strict=True):
-        path = run / LOG if run.is_dir() else run
+    lines_by_name: dict[str, list[dict[str, Any]]] = {}
+    problems = []
+    names = [Path(folder).resolve().name for folder in args.runs]
+    for folder, name in zip(args.runs, names, strict=True):
+        path = folder / LOG if folder.is_dir() else folder
         try:
             lines = read_log(path)
-            if curve(lines, "loss")[0]:
-                runs[name if names.count(name) == 1 else str(run)] = lines
-            else:
-                problems.append(f"{path}: no step of a run is logged there")
         except OSError as error:
             problems.append(f"{path}: {str(error.strerror).lower()}")
+            continue
+        if not curve(lines, "loss")[0]:
+            problems.append(f"{path}: no step of a run is logged there")
+            continue
+        # Runs of one name are told apart by their paths.
+        lines_by_name[name if names.count(name) == 1 else str(folder)] = lines
     if problems:
         raise RequestError(problems)
+
     with drawing("--output", args.output):
-        draw_runs(runs, args.output)
+        draw_runs(lines_by_name, args.output)
     print(args.output)
 
 
@@ -45,8 +50,13 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's output_dir")
-    parser.add_argument("--output", type=Path, default="runs.png", metavar="FILE.png",
-                        help="the picture; one that exists is drawn anew [runs.png]")  # fmt: skip
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default="runs.png",
+        metavar="FILE.png",
+        help="the picture; a file of this name is overwritten [runs.png]",
+    )
     return parser
 
 

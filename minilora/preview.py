@@ -125,6 +125,7 @@ def _step_counts(
     gpus = "1 GPU" if ranks == 1 else f"{ranks} GPUs"
     names = ("steps/epoch", "all steps", "documents/step", "tokens/step")
     yield f"{f'on {gpus} (* is set)':<20}" + "".join(f"{name:>15}" for name in names)
+
     for packing in (False, True):
         schedule = replace(asked, packing=packing)
         count = schedule.steps_per_epoch(0)
@@ -146,7 +147,8 @@ def _tile_use(
     for number, rows in enumerate(order):
         step = build_step(documents, rows, number, asked, Place(0, ranks), limits)
         tiles += [sum(tile) for span in step.spans for tile in span.tiles]
-    # A document longer than tile_tokens is a full tile, not more than one.
+
+    # A document longer than tile_tokens is one full tile, not more than one.
     used = sum(tiles) / sum(max(tile, train.tile_tokens) for tile in tiles)
     return (
         f"a tile has {np.mean(tiles):,.0f} tokens on average: {used:.0%} of tile_tokens, "

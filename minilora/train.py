@@ -23,8 +23,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command. Returns 0 done, 1 the run failed, 2 the request is wrong, 128 + signal."""
     try:
         settings = read_settings(sys.argv[1:] if argv is None else argv, "train")
-        # Only now: importing torch and DeepSpeed takes longer than refusing a wrong setting. And
-        # before signals raise: C code that imports swallows what is raised in it.
+
+        # Imported after the settings are read, because importing torch and DeepSpeed takes longer
+        # than refusing a wrong setting; and before signals raise, because C code that imports
+        # swallows what is raised in it.
         from minilora.training.run import run
 
         with stopping_at_once():
@@ -34,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RunError as error:
         return 1 if error.told else _refuse(1, [str(error)])
     except KeyboardInterrupt:  # before signals raise Stopped
-        if os.environ.get("RANK", "0") == "0":
+        if _is_rank0():
             print("error: SIGINT: stopped before the start", file=sys.stderr, flush=True)
         return 130
     except Stopped as stopped:
@@ -44,24 +46,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _is_rank0() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
 def _refuse(code: int, problems: Sequence[str]) -> int:
-    """Rank 0 says what is wrong; the others wait, so that its exit code and words are the first."""
-    if os.environ.get("RANK", "0") == "0":
+    """Rank 0 says what is wrong. The others wait, so that its words and exit code are the first."""
+    if _is_rank0():
         print(*(f"error: {problem}" for problem in problems), sep="\n", file=sys.stderr, flush=True)
-    else:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # no KeyboardInterrupt: the end is near
-        time.sleep(1 if _in_touch() else LAST_WORDS)  # in touch, they fail together
+        return code
+
+    # The launcher may pass a Ctrl-C on. It must end the wait without a traceback.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    # Ranks that have joined fail together, so rank 0 has spoken by now. Before that, rank 0 may
+    # still be importing torch.
+    time.sleep(1 if _have_joined() else LAST_WORDS)
     return code
 
 
-def _in_touch() -> bool:
-    """Whether the ranks have joined; before torch is imported they cannot have."""
+def _have_joined() -> bool:
+    """Whether this process has joined the others; before torch is imported it cannot have."""
     dist = sys.modules.get("torch.distributed")
     return dist is not None and dist.is_initialized()
 
 
-def _failed(error: BaseException) -> int:
-    """This rank says what was going on; the launcher ends the others, who wait for it."""
+def _failed(error: Exception) -> int:
+    """Say what happened on this rank. The launcher ends the others, which wait for this one."""
     from minilora.memory.measured import is_out_of_memory
 
     if is_out_of_memory(error):

@@ -130,6 +130,7 @@ def make_template(
 
 
 def _template_error(problem: str) -> RequestError:
+    """A problem with the key `template`."""
     return RequestError([f"template: {problem}"])
 
 
@@ -142,6 +143,7 @@ def encode_texts(
     """
     start = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     end = tokenizer.specials.get("<|end_of_text|>", tokenizer.eos_id)
+
     encoded: list[Encoded] = []
     for chunk in _chunks(conversations):
         texts = [turn.text for conversation in chunk for turn in conversation.turns]

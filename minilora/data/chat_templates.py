@@ -65,6 +65,7 @@ class Llama3:
 
     @staticmethod
     def _message(role: str, text: str) -> str:
+        """A whole message, with its header."""
         return f"<|start_header_id|>{role}<|end_header_id|>\n\n{text}<|eot_id|>"
 
     @staticmethod
@@ -100,6 +101,7 @@ class OwnTemplate:
 
     @cached_property
     def _template(self) -> jinja2.Template:
+        """The compiled template, with the extensions, filters and functions of transformers."""
         extensions = [_Generation, jinja2.ext.loopcontrols]
         environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
         # As transformers' filter: jinja2's own would escape <, > and & for HTML.
@@ -137,9 +139,10 @@ class OwnTemplate:
         limit = MOST_ADDED + MOST_FACTOR * len(str(messages))
         pieces: list[str] = []
         length = 0
+
+        # Piece by piece, so that a template that writes without end is stopped.
         try:
             with _bounded():
-                # Piece by piece, so that a template that writes without end is stopped.
                 for piece in self._template.generate(
                     messages=messages,
                     tools=None,
@@ -234,4 +237,5 @@ def _rest(text: str, start: str) -> str:
 
 
 def _raise_exception(message: str) -> None:
+    """What templates call to refuse a conversation."""
     raise jinja2.TemplateError(message)

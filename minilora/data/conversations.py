@@ -132,6 +132,7 @@ def _calls(calls: Any) -> str:
         name, arguments = inner.get("name"), inner.get("arguments")
         if isinstance(arguments, str):
             arguments = _parsed(arguments, problem)
+
         if not isinstance(name, str) or not isinstance(arguments, dict):
             raise BadRow(problem)
         result.append({"name": name, "arguments": arguments})

@@ -74,6 +74,7 @@ def _read_and_encode(
     conversations, tally = read_conversations(names, data, stage)
     if stage == "pt":
         return encode_texts(tokenizer, conversations, data.cutoff_len), tally
+
     template = make_template(data.template, tokenizer, data.default_system)
     encoded, later_tally = template.encode(
         conversations,

@@ -78,6 +78,7 @@ def find_sources(names: tuple[str, ...], folder: Path) -> list[Source]:
     """
     info_path = folder / "dataset_info.json"
     info = read_json(info_path) if info_path.is_file() else {}
+
     sources: list[Source] = []
     problems: list[str] = []
     for name in names:
@@ -87,6 +88,7 @@ def find_sources(names: tuple[str, ...], folder: Path) -> list[Source]:
             problems += error.problems
         except OSError as error:  # a name that no file can have
             problems.append(f"dataset {name[:80]}: {str(error.strerror).lower()}")
+
     if problems:
         raise RequestError(problems)
     return sources
@@ -152,11 +154,13 @@ def _entry_problems(entry: Mapping[str, Any], path: Path) -> list[str]:
     formatting = entry.get("formatting", "alpaca")
     if formatting not in FORMATTINGS:
         problems.append(f"formatting {formatting!r} is not one of {', '.join(FORMATTINGS)}")
+
     # A key that is false or empty asks for nothing.
     if unknown := [key for key in entry if key not in ENTRY_KEYS and entry[key]]:
         problems.append(f"not supported: {', '.join(unknown)}; remove it from the entry")
     problems += _table_problems("columns", entry.get("columns", {}), COLUMN_KEYS)
     problems += _table_problems("tags", entry.get("tags", {}), set(SHAREGPT_TAGS))
+
     samples = entry.get("num_samples")
     if samples is not None and (type(samples) is not int or samples < 1):
         problems.append(f"num_samples must be a whole number above 0, not {samples!r}")

@@ -111,6 +111,7 @@ def build_step(
     groups = [own[group] for group in _pack(lengths[own], limit)]
     while len(groups) < spans_wanted:
         groups.append(own[:0])
+
     spans = []
     for index, group in enumerate(groups):
         seed = _mix(schedule.seed, step, place.rank, index)
@@ -217,6 +218,7 @@ def _pack(lengths: Iterable[int], limit: int) -> list[list[int]]:
         else:
             room, chosen = limit, len(bins)
             bins.append([])
+
         bins[chosen].append(index)
         insort(rooms, (room - int(length), chosen))
     return bins

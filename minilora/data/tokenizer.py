@@ -6,7 +6,8 @@ they must stay plain text: else a row of data could end its own turn and begin a
 the finished text the two look the same, so they are told apart before the template is rendered:
 
 1. `mark_specials` puts a mark into what looks like a special token in the users' texts, after its
-   first character. The mark is a private-use character of Unicode that none of these texts has.
+   first character. The mark is a private-use character of Unicode that neither these texts nor
+   the template have.
 2. The template is rendered with the marked texts. Its own special tokens have no mark.
 3. `encode` cuts the rendered text at the special tokens, which now are the template's alone, takes
    the marks out of the texts between them, and encodes these as plain text.
@@ -24,8 +25,10 @@ from typing import Any
 
 import tokenizers
 
+from minilora.data.conversations import BadRow
+from minilora.data.tokenizer_files import TokenizerFiles, read_tokenizer_files
 from minilora.settings.errors import RequestError
-from minilora.settings.text_files import read_json, read_text
+from minilora.settings.text_files import read_json
 
 PRIVATE_USE = range(0xE000, 0xF900)  # the characters that Unicode leaves to every program
 
@@ -42,6 +45,7 @@ class Tokenizer:
     named: texts of special tokens by their names in tokenizer_config.json (bos_token, ...).
     specials: ids of all special tokens by their texts.
     pattern: matches any of these texts; in one group, so that `pattern.split` keeps them.
+    files: what all of this was read from; copies of them lie beside each adapter.
     """
 
     backend: tokenizers.Tokenizer
@@ -52,6 +56,7 @@ class Tokenizer:
     named: Mapping[str, str]
     specials: Mapping[str, int]
     pattern: re.Pattern[str]
+    files: TokenizerFiles
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = False) -> str:
         """The text of these tokens."""
@@ -75,8 +80,8 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     Each file is read once, and this is the only function that reads them. Raises RequestError for
     a missing or broken file, or without an end-of-sequence token.
     """
-    path = folder / "tokenizer.json"
-    backend = _load_backend(path)
+    files = read_tokenizer_files(folder)
+    backend = _load_backend(files)
     specials = {
         token.content: number
         for number, token in backend.get_added_tokens_decoder().items()
@@ -86,8 +91,8 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     longest_first = sorted(specials, key=len, reverse=True)
 
     # Older checkpoints name their special tokens in a file of their own.
-    config = _read_if_there(folder / "tokenizer_config.json")
-    named = _special_texts(_read_if_there(folder / "special_tokens_map.json") | config)
+    config = files.json("tokenizer_config.json")
+    named = _special_texts(files.json("special_tokens_map.json") | config)
     _check_named(folder, named, specials)
     eos_id = specials[named["eos_token"]]
     tokenizer = Tokenizer(
@@ -95,29 +100,33 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         bos_id=specials.get(named.get("bos_token", "")),
         eos_id=eos_id,
         stop_ids=tuple(sorted({eos_id, *_generation_stops(folder)})),
-        chat_template=_chat_template(folder, config),
+        chat_template=_chat_template(files, config),
         named=named,
         specials=specials,
         pattern=re.compile(f"({'|'.join(map(re.escape, longest_first))})"),
+        files=files,
     )
-    _check_pieces(tokenizer, path)
+    _check_pieces(tokenizer, folder / "tokenizer.json")
     return tokenizer
 
 
 def mark_specials(tokenizer: Tokenizer, texts: Sequence[str]) -> tuple[list[str], str]:
     """These texts with a mark in everything that looks like a special token, and the mark.
 
-    The mark is one for all texts, and in none of them; it is "" if no text needs it.
+    The mark is one for all texts, and in none of them; it is "" if no text needs it. Raises BadRow
+    if every private-use character is in them.
     """
     if not any(tokenizer.pattern.search(text) for text in texts):
         return list(texts), ""
-    used = set().union(*texts)
-    mark = next(character for character in map(chr, PRIVATE_USE) if character not in used)
+    used = set(tokenizer.chat_template or "").union(*texts)
+    mark = next((character for character in map(chr, PRIVATE_USE) if character not in used), None)
+    if mark is None:
+        raise BadRow("a text has a special token and every private-use character of Unicode")
 
-    def broken(match: re.Match[str]) -> str:
+    def with_mark(match: re.Match[str]) -> str:
         return match[0][0] + mark + match[0][1:]
 
-    return [tokenizer.pattern.sub(broken, text) for text in texts], mark
+    return [tokenizer.pattern.sub(with_mark, text) for text in texts], mark
 
 
 def encode(
@@ -143,6 +152,7 @@ def encode(
         for piece in pieces:
             tokens += ids[piece] if isinstance(piece, str) else [piece]
             tokens_before.append(len(tokens))
+
         ends = []
         for index, characters in part_ends:
             end = tokens_before[index]
@@ -197,12 +207,13 @@ def _tokens_up_to(encoding: tokenizers.Encoding, characters: int) -> int:
     return token + 1 if starts_before else token
 
 
-def _load_backend(path: Path) -> tokenizers.Tokenizer:
+def _load_backend(files: TokenizerFiles) -> tokenizers.Tokenizer:
     """The library's tokenizer, set to encode plain text and nothing else. Raises RequestError."""
-    if not path.is_file():
+    path = files.folder / "tokenizer.json"
+    if path.name not in files.contents:
         raise RequestError([f"{path}: no such file; the checkpoint needs a fast tokenizer"])
     try:
-        backend = tokenizers.Tokenizer.from_file(str(path))
+        backend = tokenizers.Tokenizer.from_buffer(files.contents[path.name])
     except Exception as error:  # the library raises nothing more precise
         raise RequestError([f"{path}: not a tokenizer: {error}"]) from None
     backend.no_padding()
@@ -230,7 +241,7 @@ def _check_named(folder: Path, named: Mapping[str, str], specials: Mapping[str, 
 def _generation_stops(folder: Path) -> list[int]:
     """The tokens that end an answer by generation_config.json, which may be one or a list."""
     path = folder / "generation_config.json"
-    stops = _read_if_there(path).get("eos_token_id") or []
+    stops = (read_json(path) if path.is_file() else {}).get("eos_token_id") or []
     if not isinstance(stops, list):
         stops = [stops]
     if not all(type(stop) is int for stop in stops):
@@ -256,11 +267,6 @@ def _check_pieces(tokenizer: Tokenizer, path: Path) -> None:
         )
 
 
-def _read_if_there(path: Path) -> dict[str, Any]:
-    """The object in a JSON file, empty where there is no such file. Raises RequestError."""
-    return read_json(path) if path.is_file() else {}
-
-
 def _special_texts(config: Mapping[str, Any]) -> dict[str, str]:
     """Special tokens by name, from "bos_token": "<s>" or "bos_token": {"content": "<s>", ...}."""
     texts = {}
@@ -271,14 +277,13 @@ def _special_texts(config: Mapping[str, Any]) -> dict[str, str]:
     return texts
 
 
-def _chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:
+def _chat_template(files: TokenizerFiles, config: Mapping[str, Any]) -> str | None:
     """chat_template.jinja, else chat_template of tokenizer_config.json: a string, or a list.
 
     Of a list it is the entry named `default`; the others are for tools or retrieval.
     """
-    path = folder / "chat_template.jinja"
-    if path.is_file():
-        return read_text(path)
+    if "chat_template.jinja" in files.contents:
+        return files.text("chat_template.jinja")
     template = config.get("chat_template")
     for entry in template if isinstance(template, list) else ():
         if isinstance(entry, dict) and entry.get("name") == "default":

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -17,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from minilora.data.tokenizer_files import TokenizerFiles
 from minilora.files.adapter_config import CONFIG, peft_config
 from minilora.model.lora_shape import LoraShape
 from minilora.settings.errors import RequestError, RunError, shortened
@@ -26,47 +26,6 @@ WEIGHTS = "adapter_model.safetensors"
 QUANTIZATION = "quantization_bit"
 # PEFT wraps the model twice, and the names of both wrappers stand before every parameter.
 PREFIX = "base_model.model."
-# The files that transformers writes for a tokenizer. They are kept beside the adapter, so that
-# whoever serves it uses the tokenizer and the chat template that it was trained with.
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-)
-
-
-@dataclass(frozen=True)
-class AdapterBase:
-    """What the folder of an adapter repeats of the base model.
-
-    path: the base's folder, which adapter_config.json names.
-    tokenizer_files: the content of each of TOKENIZER_FILES that the base has, by its name.
-    quantization_bit: the setting, under which the base's weights were held in 4 bits.
-    """
-
-    path: Path
-    tokenizer_files: Mapping[str, bytes]
-    quantization_bit: int | None = None
-
-
-def read_adapter_base(folder: Path, quantization_bit: int | None = None) -> AdapterBase:
-    """Read the tokenizer files of a base model, once for all adapters that a run writes.
-
-    Raises RequestError for a file that cannot be read.
-    """
-    contents = {}
-    for name in TOKENIZER_FILES:
-        path = folder / name
-        try:
-            if not path.exists():
-                continue
-            if not path.is_file():
-                raise RequestError([f"{path}: not a plain file"])  # a pipe would never end
-            contents[name] = path.read_bytes()
-        except OSError as error:
-            raise RequestError([f"{path}: {str(error.strerror).lower()}"]) from None
-    return AdapterBase(folder, contents, quantization_bit)
 
 
 def stored_name(parameter: str) -> str:
@@ -82,25 +41,30 @@ def stored_name(parameter: str) -> str:
 
 
 def write_adapter(
-    folder: Path, tensors: Mapping[str, Tensor], lora: LoraShape, base: AdapterBase
+    folder: Path,
+    tensors: Mapping[str, Tensor],
+    lora: LoraShape,
+    base: TokenizerFiles,
+    quantization_bit: int | None = None,
 ) -> None:
     """Write adapter_model.safetensors, the base's tokenizer files, and adapter_config.json.
 
-    tensors: each trained parameter by its name, on the CPU. Raises OSError.
+    tensors: each trained parameter by its name, on the CPU. base: the base model's tokenizer files;
+    their folder is what adapter_config.json names as the base. Raises OSError.
     """
     folder.mkdir(parents=True, exist_ok=True)
     by_stored_name = {stored_name(name): tensor for name, tensor in tensors.items()}
     metadata = {"format": "pt"}
-    if base.quantization_bit is not None:
+    if quantization_bit is not None:
         # adapter_config.json has no key for it, and PEFT warns of keys that it does not know.
-        metadata[QUANTIZATION] = str(base.quantization_bit)
+        metadata[QUANTIZATION] = str(quantization_bit)
     write_atomically(folder / WEIGHTS, save(by_stored_name, metadata=metadata))
-    for name, content in base.tokenizer_files.items():
+    for name, content in base.contents.items():
         write_atomically(folder / name, content)
 
     # The config is what makes the folder an adapter, so it comes last. Its keys are not sorted:
     # of the patterns in rank_pattern and alpha_pattern the first that matches a layer counts.
-    config = json.dumps(peft_config(lora, base.path), indent=2) + "\n"
+    config = json.dumps(peft_config(lora, base.folder), indent=2) + "\n"
     write_atomically(folder / CONFIG, config.encode())
 
 

@@ -24,11 +24,11 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from minilora.data.tokenizer_files import read_tokenizer_files
 from minilora.files.adapter import (
     WEIGHTS,
     check_adapter,
     check_tensors,
-    read_adapter_base,
     stored_name,
     write_adapter,
 )
@@ -261,7 +261,7 @@ def export_adapter(checkpoint: Checkpoint, updates: Updates, folder: Path) -> Lo
         if len(pairs[layer]) < len(of_layer):
             problem = f"{layer} has use_dora or modules_to_save, which such servers do not load"
             raise RequestError([f"--adapter_only: {problem}; merge into the base instead"])
-    base = read_adapter_base(checkpoint.folder)
+    base = read_tokenizer_files(checkpoint.folder)
 
     # The rank has to hold all pairs of a layer side by side. Any alpha would do, since `_stack`
     # makes up for it in B; this one leaves the B with the largest factor nearly as it is.

@@ -22,7 +22,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from minilora.files.adapter import AdapterBase, write_adapter, write_atomically
+from minilora.data.tokenizer_files import TokenizerFiles
+from minilora.files.adapter import write_adapter, write_atomically
 from minilora.model.lora_shape import LoraShape
 from minilora.settings.errors import RequestError
 from minilora.settings.text_files import read_json
@@ -70,7 +71,7 @@ def write_snapshot(
     adapter: Mapping[str, Tensor],
     moments: Mapping[str, Tensor],
     lora: LoraShape,
-    base: AdapterBase,
+    base: TokenizerFiles,
 ) -> Path:
     """Write checkpoint-N, and return its folder. It gets its name when everything is in it.
 
@@ -81,7 +82,8 @@ def write_snapshot(
     final = snapshot_folder(output, state.step)
     draft = final.with_name(final.name + DRAFT)
     shutil.rmtree(draft, ignore_errors=True)
-    write_adapter(draft, adapter, lora, base)
+    bits = state.must_match.get("quantization_bit")
+    write_adapter(draft, adapter, lora, base, bits)
     if moments:
         write_atomically(draft / TENSORS, save({**adapter, **moments}, {"format": "pt"}))
         dated = replace(state, about={**state.about, "written": time.time()})
@@ -123,8 +125,8 @@ def last_snapshot(output: Path) -> str:
     except OSError:
         folder = None
     if folder is None:
-        return "there is no snapshot to go on from"
-    return f"the last snapshot is {folder}: --resume_from_checkpoint true goes on from there"
+        return "there is no snapshot to resume from"
+    return f"the last snapshot is {folder}: --resume_from_checkpoint true resumes from there"
 
 
 def find_snapshot(output: Path, request: str | None) -> Path | None:

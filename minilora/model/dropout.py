@@ -61,7 +61,7 @@ class SeededDropout:
         self.generator.manual_seed(seed)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """x with each element zeroed with the probability, and the others scaled up for it."""
-        keep = 1.0 - self.probability
-        mask = torch.empty_like(x).bernoulli_(keep, generator=self.generator)
-        return x * mask.div_(keep)
+        """Zero each element of x with the probability, and scale up the others for that."""
+        share_left = 1.0 - self.probability
+        mask = torch.empty_like(x).bernoulli_(share_left, generator=self.generator)
+        return x * mask.div_(share_left)

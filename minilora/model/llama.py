@@ -111,15 +111,17 @@ class MLP(nn.Module):
     def forward(self, x: Tensor, piece: MlpPiece) -> Tensor:
         # Gate and up have no names here, so that their memory is free before the last product.
         activated = swiglu(self.gate_proj(x), self.up_proj(x))  # (N, F)
-        # This product is the last one of a block, and only the block's output depends on it.
+        # The last product of a block: nothing but the block's output depends on it, so a block
+        # that is recomputed for its graph alone leaves it out.
         output: Tensor = self.down_proj(activated, piece.graph_only)  # (N, D)
         return output
 
 
 class Block(nn.Module):
-    """A decoder block, the unit of everything: ZeRO-3 gathers its parameters together, backward
-    recomputes it, and the loop over tiles runs inside it, so that all tiles share one gather.
+    """A decoder block: norm and attention, norm and MLP, each added to the hidden states.
 
+    It is the unit of everything: ZeRO-3 gathers its parameters together, backward recomputes it,
+    and the loop over tiles runs inside it, so that all tiles share one gather.
     saves_activations: whether it saves them for backward instead of recomputing them.
     """
 

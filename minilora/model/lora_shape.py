@@ -66,6 +66,7 @@ class LoraShape:
             alpha_pattern=method.alpha_pattern or {},
             modules_to_save=_known_first(method.additional_target or (), WHOLE),
         )
+
         problems = [
             f"{SETTING_OF_FIELD.get(key, key)}: {text}" for key, text in lora.problems(model)
         ]

@@ -159,14 +159,14 @@ class _Recompute(torch.autograd.Function):
                     graph = ctx.graphs.pop(0)
                 else:
                     # The output is dropped at once, before memory is needed for the gradients.
-                    again = replace(tile, graph_only=True)
-                    graph = _forward_with_graph(task.body, hidden, again)[1]
+                    for_graph = replace(tile, graph_only=True)
+                    graph = _forward_with_graph(task.body, hidden, for_graph)[1]
 
                 inputs = (graph.input, *ctx.parameters)
                 grad_input, *grads = torch.autograd.grad(graph.end, inputs, grad_output[tile.rows])
 
-                # In fp32, because in bf16 a long sum loses what is small beside it: 256 + 1 is 256.
                 grad_hidden[tile.rows] = grad_input
+                # Sums in fp32: in bf16 a long sum loses what is small beside it, 256 + 1 is 256.
                 if not sums:
                     sums = [grad.float() for grad in grads]
                 else:

@@ -21,7 +21,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 class _Swiglu(torch.autograd.Function):
     """Autograd would save silu(gate) too, which is a sixth of what a whole block saves.
 
-    Backward computes it again from gate, which is cheap: no matrix product is in it.
+    Backward recomputes it from gate, which is cheap: there is no matrix product in it.
     """
 
     @staticmethod

@@ -3,6 +3,8 @@
 The files have LLaMA-Factory's names and keys. Only the time fields depend on the clock.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import datetime
 import json
@@ -12,6 +14,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -29,7 +32,7 @@ class StepRecord:
     step: counted from 1; epoch: passes over the data after this step
     loss: mean over the step's labelled tokens; labelled, tokens, documents: how many it had
     seconds: what it took, without the validations and snapshots between steps
-    memory: figures in GiB, for each the value of every rank; the most telling figure first
+    memory: figures in GiB, for each the value of every rank; the figure that tells most comes first
     """
 
     step: int
@@ -46,7 +49,10 @@ class StepRecord:
 
 @dataclass
 class Totals:
-    """Sums since step 0 and since the last log line; snapshots keep them, so logs go on exactly."""
+    """Sums since step 0, and since the last log line, which is what `window` means.
+
+    Snapshots keep them, so that the log of a resumed run continues exactly.
+    """
 
     step: int = 0
     epoch: float = 0.0
@@ -59,7 +65,8 @@ class Totals:
 
     def add(self, record: StepRecord) -> None:
         """Count one step."""
-        self.step, self.epoch = record.step, record.epoch
+        self.step = record.step
+        self.epoch = record.epoch
         self.loss_sum += record.loss * record.labelled
         self.labelled += record.labelled
         self.tokens += record.tokens
@@ -70,7 +77,8 @@ class Totals:
     def close_window(self) -> float:
         """The mean loss since the last log line; the next window starts."""
         loss = self.window_loss_sum / max(self.window_labelled, 1)
-        self.window_loss_sum, self.window_labelled = 0.0, 0
+        self.window_loss_sum = 0.0
+        self.window_labelled = 0
         return loss
 
 
@@ -89,12 +97,18 @@ class Report:
     ) -> None:
         assert train.output_dir is not None
         self.totals = dataclasses.replace(resumed) if resumed else Totals()
-        self._train, self._total_steps, self._active = train, total_steps, active
+        self._train = train
+        self._total_steps = total_steps
+        self._active = active
         self._folder = Path(train.output_dir)
+
+        # Speeds are those of this run alone, without the steps before the snapshot.
         self._started_with = dataclasses.replace(self.totals)
         self._start = time.monotonic()
-        self._window_tokens, self._window_seconds = 0, 0.0
-        self._memory: dict[str, float] = {}
+        self._window_tokens = 0
+        self._window_seconds = 0.0
+        self._peak_memory: dict[str, float] = {}
+
         self._bar = progress_bar(
             total_steps,
             "step",
@@ -106,7 +120,7 @@ class Report:
             self._folder.mkdir(parents=True, exist_ok=True)
             _cut_log(self._folder / LOG, self.totals.step)
 
-    def __enter__(self) -> "Report":
+    def __enter__(self) -> Report:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -124,58 +138,42 @@ class Report:
         """
         if not self._active:
             return
+
         self.totals.add(record)
         self._window_tokens += record.tokens
         self._window_seconds += record.seconds
         for name, values in record.memory.items():
-            self._memory[name] = max(*values, self._memory.get(name, 0.0))
+            self._peak_memory[name] = max(*values, self._peak_memory.get(name, 0.0))
+
         shown = [
             f"loss {record.loss:.4f}",
             f"{_rate(record.tokens, record.seconds):,.0f} tok/s",
         ]
-        shown += [f"{max(values):.1f} GiB" for values in list(record.memory.values())[:1]]
+        if record.memory:
+            first_figure = next(iter(record.memory.values()))
+            shown.append(f"{max(first_figure):.1f} GiB")
         self._bar.set_postfix_str(", ".join(shown), refresh=False)
         self._bar.update()
+
         if self.writes_at(record.step):
-            self._write_line(record)
+            self._write_line_of_steps(record)
 
     def evaluation(self, step: int, scores: Mapping[str, float]) -> None:
         """Write a log line of the validation after a step. Raises OSError."""
-        line = {
-            "current_steps": step,
-            "total_steps": self._total_steps,
-            **scores,
-            "epoch": self.totals.epoch,
-        }
-        with (self._folder / LOG).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        self._write_line(
+            {
+                "current_steps": step,
+                "total_steps": self._total_steps,
+                **scores,
+                "epoch": self.totals.epoch,
+            }
+        )
         shown = ", ".join(f"{key} {value:.4f}" for key, value in scores.items())
         self.message(f"step {step}: {shown}")
 
     def writes_at(self, step: int) -> bool:
         """Whether a log line is due after this step."""
         return step % self._train.logging_steps == 0 or step == self._total_steps
-
-    def _write_line(self, record: StepRecord) -> None:
-        elapsed = time.monotonic() - self._start
-        per_step = elapsed / (record.step - self._started_with.step)
-        line = {
-            "current_steps": record.step,
-            "total_steps": self._total_steps,
-            "loss": self.totals.close_window(),
-            "grad_norm": record.grad_norm,
-            "lr": record.learning_rate,
-            "epoch": record.epoch,
-            "percentage": 100 * record.step / self._total_steps,
-            "elapsed_time": _clock(elapsed),
-            "remaining_time": _clock(per_step * (self._total_steps - record.step)),
-            "throughput": _rate(self._window_tokens, self._window_seconds),
-            "total_tokens": self.totals.tokens,
-            **record.memory,
-        }
-        self._window_tokens, self._window_seconds = 0, 0.0
-        with (self._folder / LOG).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
 
     def finish(self, **more: float) -> None:
         """Close the bar; write train_results.json, with more in it, and draw training_loss.png.
@@ -185,8 +183,10 @@ class Report:
         self._bar.close()
         if not self._active:
             return
+
         runtime = time.monotonic() - self._start
-        before, totals = self._started_with, self.totals
+        before = self._started_with
+        totals = self.totals
         results = {
             "epoch": totals.epoch,
             "train_loss": totals.loss_sum / max(totals.labelled, 1),
@@ -195,29 +195,63 @@ class Report:
             "train_steps_per_second": _rate(totals.step - before.step, runtime),
             "total_tokens": totals.tokens,
             **more,
-            **self._memory,
+            **self._peak_memory,
         }
         text = json.dumps(results, indent=4) + "\n"
         (self._folder / RESULTS).write_text(text, encoding="utf-8")
+
         if self._train.plot_loss:
             try:
                 draw_loss(self._folder)
             except ImportError:
                 self.message(f"{PICTURE} is not drawn: pip install 'minilora[plot]'")
 
+    def _write_line_of_steps(self, record: StepRecord) -> None:
+        """Write a log line of the steps since the last one, of which `record` is the last."""
+        elapsed = time.monotonic() - self._start
+        per_step = elapsed / (record.step - self._started_with.step)
+
+        self._write_line(
+            {
+                "current_steps": record.step,
+                "total_steps": self._total_steps,
+                "loss": self.totals.close_window(),
+                "grad_norm": record.grad_norm,
+                "lr": record.learning_rate,
+                "epoch": record.epoch,
+                "percentage": 100 * record.step / self._total_steps,
+                "elapsed_time": _clock(elapsed),
+                "remaining_time": _clock(per_step * (self._total_steps - record.step)),
+                "throughput": _rate(self._window_tokens, self._window_seconds),
+                "total_tokens": self.totals.tokens,
+                **record.memory,
+            }
+        )
+
+        self._window_tokens = 0
+        self._window_seconds = 0.0
+
+    def _write_line(self, line: Mapping[str, Any]) -> None:
+        # Opened for each line, so that a disk that fills up is noticed at the line that it loses.
+        with (self._folder / LOG).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
 
 def _cut_log(path: Path, last_step: int) -> None:
-    """Drop the lines of steps that are going to be done again."""
+    """Drop the lines of steps that the run repeats."""
     if path.exists():
-        kept = [line for line in read_log(path) if line["current_steps"] <= last_step]
+        lines = [line for line in read_log(path) if line["current_steps"] <= last_step]
+        # A run that is killed here must leave the old log or the new one, never half of it.
         draft = path.with_suffix(".tmp")
-        draft.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        draft.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
         os.replace(draft, path)
 
 
 def _rate(count: int, seconds: float) -> float:
+    """Count per second, for no time at all too."""
     return count / max(seconds, 1e-9)
 
 
 def _clock(seconds: float) -> str:
+    """Whole seconds as H:MM:SS."""
     return str(datetime.timedelta(seconds=int(seconds)))

@@ -113,6 +113,7 @@ class Settings:
                 f"{self.name_of('gather_tokens')}: {train.gather_tokens} is less than tile_tokens "
                 f"{train.tile_tokens}; raise it or lower tile_tokens"
             )
+
         if train.offload_activations and keeps_all:
             yield (
                 f"{self.name_of('offload_activations')} moves what recomputing starts from: set "
@@ -137,6 +138,7 @@ class Settings:
         """Contradictions between the rows to validate with and when to validate."""
         data = self.data
         has_rows = bool(data.eval_dataset or data.val_size)
+
         if self.validates and not has_rows:
             yield (
                 f"{self.name_of('eval_strategy')}: nothing to validate with; give eval_dataset or "
@@ -148,6 +150,7 @@ class Settings:
                 f"{self.name_of(key)}: nothing validates with these rows; set eval_strategy: "
                 "epoch, or steps, or remove the key"
             )
+
         if data.eval_dataset and data.val_size:
             yield f"{self.name_of('eval_dataset')} and {self.name_of('val_size')}: give one of them"
         if self.train.early_stopping_steps and not self.validates:

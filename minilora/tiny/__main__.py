@@ -1,5 +1,7 @@
 """Write the tiny checkpoint: `python -m minilora.tiny DIR`."""
 
+from __future__ import annotations
+
 import argparse
 import sys
 from collections.abc import Sequence

@@ -1,7 +1,10 @@
 """A checkpoint in Llama 3.1's form, small enough for a CPU."""
 
+from __future__ import annotations
+
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +17,18 @@ from minilora.settings.errors import RequestError
 from minilora.settings.text_files import read_json
 from minilora.tiny.tokenizer import CHAT_TEMPLATE, train_tokenizer
 
-MARK = "minilora-tiny"  # config.json's _name_or_path, by which write_tiny knows its own folders
+# config.json's _name_or_path, by which write_tiny knows the folders that it may write over.
+MARK = "minilora-tiny"
+
+# Llama-3.1-8B-Instruct's, from its config.json.
+ROPE_THETA = 500000.0
+ROPE_SCALING = {
+    "factor": 8.0,
+    "high_freq_factor": 4.0,
+    "low_freq_factor": 1.0,
+    "original_max_position_embeddings": 8192,
+    "rope_type": "llama3",
+}
 
 
 @dataclass(frozen=True)
@@ -47,21 +61,31 @@ def write_tiny(folder: Path | str, shape: TinyShape = TinyShape()) -> None:
     """
     folder = Path(folder)
     _make_room(folder)
+
     tokenizer = train_tokenizer(shape.vocab)
     tokenizer.save(str(folder / "tokenizer.json"))
     ids = {token.content: index for index, token in tokenizer.get_added_tokens_decoder().items()}
-    named = {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>"}
-    stops = {
+
+    # The roles of the special tokens are Llama-3.1-8B-Instruct's.
+    stop_names = ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")
+    special_ids = {
         "bos_token_id": ids["<|begin_of_text|>"],
-        "eos_token_id": [ids[name] for name in ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")],
+        "eos_token_id": [ids[name] for name in stop_names],
     }
-    config = _config(shape) | stops
-    files = {
+    special_names = {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>"}
+
+    config = _config(shape) | special_ids
+    files: dict[str, Mapping[str, Any]] = {
         "config.json": config,
-        "generation_config.json": {**stops, "do_sample": True, "temperature": 0.6, "top_p": 0.9},
-        "special_tokens_map.json": named,
+        "generation_config.json": {
+            **special_ids,
+            "do_sample": True,
+            "temperature": 0.6,
+            "top_p": 0.9,
+        },
+        "special_tokens_map.json": special_names,
         "tokenizer_config.json": {
-            **named,
+            **special_names,
             "chat_template": CHAT_TEMPLATE,
             "clean_up_tokenization_spaces": True,
             "model_input_names": ["input_ids", "attention_mask"],
@@ -69,7 +93,9 @@ def write_tiny(folder: Path | str, shape: TinyShape = TinyShape()) -> None:
             "tokenizer_class": "PreTrainedTokenizerFast",
         },
     }
-    files |= _write_weights(folder, shape, shape_from_config(config).parameter_shapes())
+
+    shards = _shards(shape, shape_from_config(config).parameter_shapes())
+    files |= _write_weights(folder, shards)
     for name, content in files.items():
         (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
@@ -79,6 +105,7 @@ def _make_room(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise RequestError([f"{folder} is a file: name a folder that is new or empty"])
     folder.mkdir(parents=True, exist_ok=True)
+
     if any(folder.iterdir()):
         try:
             mark = read_json(folder / "config.json").get("_name_or_path")
@@ -86,20 +113,28 @@ def _make_room(folder: Path) -> None:
             mark = None
         if mark != MARK:
             raise RequestError([f"{folder} holds other files: name a new or empty folder"])
+
+    # The other files are written over, but another shape may need fewer shards.
     for old in folder.glob("model*.safetensors*"):
         old.unlink()
 
 
 def _config(shape: TinyShape) -> dict[str, Any]:
     """config.json without token ids; everything but the sizes is Llama-3.1-8B-Instruct's."""
-    scaling = {"factor": 8.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0,
-               "original_max_position_embeddings": 8192, "rope_type": "llama3"}  # fmt: skip
     rope: dict[str, Any]
     if shape.form == "transformers5":
-        rope = {"rope_parameters": {**scaling, "rope_theta": 500000.0}, "dtype": shape.dtype}
+        rope = {
+            "rope_parameters": {**ROPE_SCALING, "rope_theta": ROPE_THETA},
+            "dtype": shape.dtype,
+        }
     else:
         assert shape.form == "hub", shape.form
-        rope = {"rope_scaling": scaling, "rope_theta": 500000.0, "torch_dtype": shape.dtype}
+        rope = {
+            "rope_scaling": ROPE_SCALING,
+            "rope_theta": ROPE_THETA,
+            "torch_dtype": shape.dtype,
+        }
+
     return {
         "_name_or_path": MARK,
         "architectures": ["LlamaForCausalLM"],
@@ -123,30 +158,40 @@ def _config(shape: TinyShape) -> dict[str, Any]:
     }
 
 
-def _write_weights(
-    folder: Path, shape: TinyShape, sizes: dict[str, tuple[int, ...]]
-) -> dict[str, Any]:
-    """Random tensors in shards of at most shard_bytes. Returns the index by its name, if any."""
+def _shards(
+    shape: TinyShape, sizes: Mapping[str, tuple[int, ...]]
+) -> list[dict[str, torch.Tensor]]:
+    """Random tensors by name, in shards of at most shard_bytes, or of one tensor."""
+    head = "model.embed_tokens.weight" if shape.tied else "lm_head.weight"
     generator = torch.Generator().manual_seed(shape.seed)
+
     shards: list[dict[str, torch.Tensor]] = []
-    total = room = 0
+    room = 0
     for name, size in sizes.items():
-        is_head = name == ("model.embed_tokens.weight" if shape.tied else "lm_head.weight")
-        tensor = _random(name, size, is_head, generator).to(getattr(torch, shape.dtype))
+        tensor = _random(name, size, name == head, generator).to(getattr(torch, shape.dtype))
         if not shards or tensor.nbytes > room:
             shards.append({})
             room = shape.shard_bytes
         shards[-1][name] = tensor
         room -= tensor.nbytes
-        total += tensor.nbytes
+    return shards
+
+
+def _write_weights(folder: Path, shards: list[dict[str, torch.Tensor]]) -> dict[str, Any]:
+    """Write a file for each shard. Returns the index by its name; of a single shard there is none.
+
+    The files are named as the hub names them.
+    """
+    count = len(shards)
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
-        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
-        file = file if len(shards) > 1 else "model.safetensors"
+        file = f"model-{number:05}-of-{count:05}.safetensors" if count > 1 else "model.safetensors"
         save_file(shard, folder / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(shard, file)
-    if len(shards) == 1:
+    if count == 1:
         return {}
+
+    total = sum(tensor.nbytes for shard in shards for tensor in shard.values())
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     return {"model.safetensors.index.json": index}
 
@@ -159,7 +204,9 @@ def _random(
     if name.endswith("norm.weight"):
         return 1.0 + 0.1 * centred
     if is_head:
-        # The final norm hands on rows of length sqrt(hidden), so no logit exceeds about
-        # 1.6 * sqrt(hidden) whatever LoRA learns: enough for confident answers.
+        # The rows that the final norm returns have length sqrt(hidden), so no logit exceeds about
+        # 1.6 * sqrt(hidden), whatever LoRA learns: enough for confident answers.
         return centred * 1.6 / math.sqrt(size[1])
-    return centred if name == "model.embed_tokens.weight" else centred / math.sqrt(size[1])
+    if name == "model.embed_tokens.weight":
+        return centred
+    return centred / math.sqrt(size[1])

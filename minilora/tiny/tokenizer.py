@@ -1,5 +1,7 @@
 """The tiny checkpoint's tokenizer and chat template, in Llama 3.1's form."""
 
+from __future__ import annotations
+
 from tokenizers import (
     AddedToken,
     Regex,
@@ -20,7 +22,7 @@ SPECIAL_TOKENS = tuple(
     python_tag
     """.split()
 )
-BYTES = 256  # the alphabet of a byte-level vocabulary
+BYTES = 256  # the tokens that a byte-level vocabulary begins with
 
 # How Llama 3 splits text before merging bytes (llama-models, tokenizer.py).
 SPLIT = (
@@ -28,7 +30,7 @@ SPLIT = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
-# What the byte pairs are merged from.
+# The text from which the merges are learned. Another text would change every token of the demo.
 TEXT = """\
 minilora trains small LoRA adapters for Llama models with DeepSpeed. ZeRO-3 splits the base weights
 over all GPUs, and every block is gathered once in each direction. The base weights stay frozen;
@@ -41,75 +43,34 @@ Cutting Knowledge Date: December 2023.
 system user assistant tool ipython function call parameters name value Environment yes no true false
 """
 
-# Written for this project; renders what Llama 3.1 Instruct's own template renders.
+# Renders what Llama 3.1 Instruct's own template renders for messages without tools.
 CHAT_TEMPLATE = r"""
 {%- macro open(role) %}{{ "<|start_header_id|>" ~ role ~ "<|end_header_id|>\n\n" }}{% endmacro %}
-{%- macro functions() %}
-    {{- 'Respond in the format {"name": function name, "parameters": dictionary of argument' }}
-    {{- " name and its value}.Do not use variables.\n\n" }}
-    {%- for tool in available %}{{ tool | tojson(indent=4) ~ "\n\n" }}{% endfor %}
-{%- endmacro %}
-{%- set available = custom_tools if custom_tools is defined else tools | default(none) %}
-{%- set told_to_user = tools_in_user_message | default(true) %}
-{%- set system = "" %}
-{%- if messages[0].role == "system" %}
-    {%- set system = messages[0].content | trim %}
-    {%- set messages = messages[1:] %}
-{%- endif %}
 
 {{- bos_token ~ open("system") }}
-{%- if builtin_tools is defined or available is not none %}{{ "Environment: ipython\n" }}{% endif %}
-{%- if builtin_tools is defined %}
-    {{- "Tools: " ~ builtin_tools | reject("equalto", "code_interpreter") | join(", ") ~ "\n\n" }}
-{%- endif %}
 {{- "Cutting Knowledge Date: December 2023\n" }}
 {{- "Today Date: " ~ date_string | default("26 Jul 2024") ~ "\n\n" }}
-{%- if available is not none and not told_to_user %}
-    {{- "You have access to the following functions. To call a function, please respond with " }}
-    {{- "JSON for a function call." ~ functions() }}
-{%- endif %}
-{{- system ~ "<|eot_id|>" }}
-
-{%- if available is not none and told_to_user %}
-    {%- if not messages %}
-        {{- raise_exception("Tools are described in the first user message, and there is none") }}
-    {%- endif %}
-    {{- open("user") ~ "Given the following functions, please respond with a JSON for a " }}
-    {{- "function call with its proper arguments that best answers the given prompt.\n\n" }}
-    {{- functions() }}
-    {{- messages[0].content | trim ~ "<|eot_id|>" }}
+{%- if messages[0].role == "system" %}
+    {{- messages[0].content | trim }}
     {%- set messages = messages[1:] %}
 {%- endif %}
+{{- "<|eot_id|>" }}
 
 {%- for message in messages %}
-    {%- if message.tool_calls is defined %}
-        {%- if message.tool_calls | length != 1 %}
-            {{- raise_exception("This model only supports single tool-calls at once!") }}
-        {%- endif %}
-        {%- set call = message.tool_calls[0].function %}
-        {{- open("assistant") }}
-        {%- if builtin_tools is defined and call.name in builtin_tools %}
-            {{- "<|python_tag|>" ~ call.name ~ ".call(" }}
-            {%- for name, value in call.arguments | items %}
-                {{- name ~ '="' ~ value ~ '"' ~ ("" if loop.last else ", ") }}
-            {%- endfor %}
-            {{- ")" }}
-        {%- else %}
-            {{- '{"name": "' ~ call.name ~ '", "parameters": ' ~ call.arguments | tojson ~ "}" }}
-        {%- endif %}
-        {{- "<|eom_id|>" if builtin_tools is defined else "<|eot_id|>" }}
-    {%- elif message.role in ("tool", "ipython") %}
-        {{- open("ipython") ~ message.content | tojson ~ "<|eot_id|>" }}
-    {%- else %}
-        {{- open(message.role) ~ message.content | trim ~ "<|eot_id|>" }}
+    {%- if message.role in ("tool", "ipython") or message.tool_calls is defined %}
+        {{- raise_exception("the tiny checkpoint's chat template knows no tools") }}
     {%- endif %}
+    {{- open(message.role) ~ message.content | trim ~ "<|eot_id|>" }}
 {%- endfor %}
 {%- if add_generation_prompt %}{{ open("assistant") }}{% endif %}
 """
 
 
 def train_tokenizer(vocab: int) -> Tokenizer:
-    """A byte-level BPE of vocab - len(SPECIAL_TOKENS) tokens, then the special ones, as Llama 3."""
+    """A byte-level BPE with `vocab` tokens; as in Llama 3, the last ones are SPECIAL_TOKENS.
+
+    Raises ValueError if the text is too short for so many merges, or vocab too small for the bytes.
+    """
     tokenizer = Tokenizer(models.BPE(ignore_merges=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -120,22 +81,26 @@ def train_tokenizer(vocab: int) -> Tokenizer:
     trainer = trainers.BpeTrainer(
         vocab_size=vocab - len(SPECIAL_TOKENS),
         show_progress=False,
+        # Sorted, because the order of the alphabet decides the ids.
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
     )
     tokenizer.train_from_iterator([TEXT], trainer)
     tokenizer.add_special_tokens([AddedToken(name, special=True) for name in SPECIAL_TOKENS])
-    smallest, largest = BYTES + len(SPECIAL_TOKENS), tokenizer.get_vocab_size()
+
+    smallest = BYTES + len(SPECIAL_TOKENS)
+    largest = tokenizer.get_vocab_size()
     if not smallest <= vocab <= largest:
         raise ValueError(f"vocab {vocab}: from {smallest} to {largest} is possible")
+
     tokenizer.decoder = decoders.ByteLevel()
-    bos = SPECIAL_TOKENS[0]
+    begin = SPECIAL_TOKENS[0]
     tokenizer.post_processor = processors.Sequence(
         [
             processors.ByteLevel(trim_offsets=False),
             processors.TemplateProcessing(
-                single=f"{bos} $A",
-                pair=f"{bos} $A {bos}:1 $B:1",
-                special_tokens=[(bos, tokenizer.token_to_id(bos))],
+                single=f"{begin} $A",
+                pair=f"{begin} $A {begin}:1 $B:1",
+                special_tokens=[(begin, tokenizer.token_to_id(begin))],
             ),
         ]
     )

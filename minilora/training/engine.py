@@ -19,8 +19,9 @@ from minilora.data.steps import Span
 from minilora.files.deepspeed_file import zero_stage
 from minilora.files.tensor_parts import TensorPart
 from minilora.files.weights import Checkpoint, read_parts
+from minilora.model.build import NewAdapter, build_model
 from minilora.model.llama import Block, Llama
-from minilora.model.lora import LoraLinear, inject, lora_parameters, parameter_groups
+from minilora.model.lora import LoraLinear, lora_parameters, parameter_groups
 from minilora.model.lora_shape import MAGNITUDE, LoraShape
 from minilora.model.tiles import document_tiles
 from minilora.processes.startup_times import StartupTimes
@@ -213,17 +214,16 @@ class Engine:
             place = internals.PartitionedInit(
                 config_dict_or_path=recipe.ds_config, mem_efficient_linear=False
             )
-        default = torch.get_default_dtype()
-        torch.set_default_dtype(self.dtype)
-        try:
-            with place:
-                model = Llama(self.shape, recipe.keep_blocks)
-                inject(model, recipe.lora, recipe.train.seed, self.trained_dtype)
-            model.lm_head.chunk_rows = recipe.train.loss_tokens
-            if recipe.train.offload_activations:
-                model.model.offload_inputs()
-        finally:
-            torch.set_default_dtype(default)
+        model = build_model(
+            self.shape,
+            NewAdapter(recipe.lora, recipe.train.seed, self.trained_dtype),
+            dtype=self.dtype,
+            place=place,
+            keep_blocks=recipe.keep_blocks,
+        )
+        model.lm_head.chunk_rows = recipe.train.loss_tokens
+        if recipe.train.offload_activations:
+            model.model.offload_inputs()
         return model
 
     def _parts_to_read(self) -> Iterator[TensorPart]:

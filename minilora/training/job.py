@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from minilora.data.documents import Documents
 from minilora.data.schedule import Schedule
 from minilora.data.steps import Place, TileLimits
-from minilora.files.adapter import AdapterBase
+from minilora.data.tokenizer_files import TokenizerFiles
 from minilora.files.snapshot import State
 from minilora.model.lora_shape import LoraShape
 from minilora.processes.world import World
@@ -36,7 +36,7 @@ class Job:
     schedule: Schedule
     limits: TileLimits
     lora: LoraShape
-    base: AdapterBase
+    base: TokenizerFiles
     start: State
     log: Report
 

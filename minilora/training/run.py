@@ -13,7 +13,6 @@ import torch
 from minilora import __version__
 from minilora.data.schedule import Schedule
 from minilora.data.steps import TileLimits
-from minilora.files.adapter import read_adapter_base
 from minilora.files.output_folder import claimed
 from minilora.files.snapshot import State, last_snapshot
 from minilora.memory.in_a_run import Forecast, OutOfMemory, foresee
@@ -74,10 +73,9 @@ def run_in(world: World, request: CheckedRequest, times: StartupTimes) -> None:
     settings, shape = request.settings, request.checkpoint.shape
 
     # Data first: the memory plan goes by the real lengths of the documents.
-    documents, validation, notes = shared_documents(world, settings, shape)
+    documents, validation, base, notes = shared_documents(world, settings, shape)
     with world.agreed():
         start = starting_point(request, documents, validation)
-        base = read_adapter_base(settings.base, settings.model.quantization_bit)
     done = (start.state.step, start.state.rows)
     schedule = Schedule.of(documents.lengths, settings, world.size, shape.break_even_length, done)
     times.finished("tokens")
@@ -147,7 +145,7 @@ def resumes_from(start: StartingPoint, schedule: Schedule) -> str:
     """One line about the snapshot that a run resumes from."""
     info, reached = start.state.about, f"step {start.state.step} of {schedule.total_steps}"
     return (
-        f"going on from {start.snapshot}, {reached} ({info['ranks']} ranks, ZeRO-{info['stage']})"
+        f"resuming from {start.snapshot}, {reached} ({info['ranks']} ranks, ZeRO-{info['stage']})"
     )
 
 

@@ -8,7 +8,8 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from minilora.data.documents import Documents
-from minilora.data.prepare import prepare
+from minilora.data.prepare import Prepared, prepare
+from minilora.data.tokenizer_files import TokenizerFiles
 from minilora.model.llama_shape import LlamaShape
 from minilora.processes.world import World
 from minilora.settings.errors import RequestError
@@ -17,31 +18,34 @@ from minilora.settings.settings import Settings
 
 def shared_documents(
     world: World, settings: Settings, shape: LlamaShape
-) -> tuple[Documents, Documents, list[str]]:
-    """Training documents, validation documents, and lines about them for the user. Collective.
+) -> tuple[Documents, Documents, TokenizerFiles, list[str]]:
+    """Training and validation documents, tokenizer files, and lines for the user. Collective.
 
     One process of each machine tokenises and writes the tokens to a temporary folder; all its
     processes map those files into memory. The folder is removed before this returns, which takes
-    nothing from a process that has mapped its files. Raises RequestError.
+    nothing from a process that has mapped its files. Only the process that tokenised has the
+    tokenizer files, which rank 0 writes beside each adapter. Raises RequestError.
     """
     made: tuple[str, list[str]] = "", []
+    base = TokenizerFiles(settings.base, {})
     with ExitStack() as stack:
         with world.agreed():
             if world.local_rank == 0:
                 folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="minilora-"))
-                made = folder, _tokenise(settings, shape, Path(folder))
+                prepared = prepare(settings, shape, colour=sys.stderr.isatty())
+                base = prepared.tokenizer.files
+                made = folder, _save(prepared, Path(folder))
 
         # Ranks of a machine follow each other, so the one that tokenised is rank - local_rank.
         folder, notes = world.gather_objects(made)[world.rank - world.local_rank]
         documents = Documents.load(Path(folder, "train"))
         validation = Documents.load(Path(folder, "validation"))
         world.gather_objects(None)  # wait until every process has mapped the files
-    return documents, validation, notes
+    return documents, validation, base, notes
 
 
-def _tokenise(settings: Settings, shape: LlamaShape, folder: Path) -> list[str]:
+def _save(prepared: Prepared, folder: Path) -> list[str]:
     """Write the documents into the folder; returns the lines about them."""
-    prepared = prepare(settings, shape, colour=sys.stderr.isatty())
     try:
         prepared.documents.save(folder / "train")
         prepared.validation.save(folder / "validation")

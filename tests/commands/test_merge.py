@@ -55,10 +55,8 @@ def test_the_merged_model_computes_what_the_adapter_does(
 
 
 def test_several_adapters_are_added_as_peft_adds_them(tiny: Path, tmp_path: Path) -> None:
-    first, second = (
-        make(tiny, tmp_path / "one", **PLAIN),
-        make(tiny, tmp_path / "two", **STABILISED),
-    )
+    first = make(tiny, tmp_path / "one", **PLAIN)
+    second = make(tiny, tmp_path / "two", **STABILISED)
     both = f"{first},{second}"
     assert merge(tiny, both, tmp_path / "merged", "--adapter_weights", "0.5,0.25") == 0
     assert merge(tiny, both, tmp_path / "whole") == 0
@@ -80,29 +78,32 @@ def test_half_precision_is_rounded_once(tmp_path: Path, dtype: str, bits: int) -
     write_tiny(folder, TinyShape(hidden=64, layers=1, dtype=dtype, shard_bytes=50_000))
     adapter = make(folder, tmp_path / "adapter", std=0.01, **PLAIN)
     assert merge(folder, adapter, tmp_path / "merged") == 0
-    old, new, lora = (
-        tensors_of(folder),
-        tensors_of(tmp_path / "merged"),
-        load_file(adapter / "adapter_model.safetensors"),
-    )
+    old = tensors_of(folder)
+    new = tensors_of(tmp_path / "merged")
+    lora = load_file(adapter / "adapter_model.safetensors")
+
     changed = 0
     for name, tensor in old.items():
         layer = f"base_model.model.{name.removesuffix('.weight')}"
         assert new[name].dtype == tensor.dtype
         if f"{layer}.lora_A.weight" in lora:
-            a, b = (lora[f"{layer}.lora_{part}.weight"].double() for part in "AB")
+            a = lora[f"{layer}.lora_A.weight"].double()
+            b = lora[f"{layer}.lora_B.weight"].double()
             exact = tensor.double() + 2 * b @ a
             limit = exact.abs() * 2.0**-bits + 2.0**-24  # half of the last place, and fp32's sum
             assert ((new[name].double() - exact).abs() <= limit).all()
             changed += int((new[name] != tensor).sum())
     assert changed > 1000
+
     # Its logits are those of PEFT's own merge in fp32, every weight of which is rounded once.
     peft = PeftModel.from_pretrained(model_of(folder), adapter)
-    adapted, merged = logits(peft), peft.merge_and_unload()
+    adapted = logits(peft)
+    merged = peft.merge_and_unload()
     for name, parameter in merged.named_parameters():
         if name in old:
             parameter.data = parameter.data.to(old[name].dtype).float()
-    found, expected = logits(model_of(tmp_path / "merged")), logits(merged)
+    found = logits(model_of(tmp_path / "merged"))
+    expected = logits(merged)
     off = (expected - adapted).abs().max()  # what the rounding makes
     torch.testing.assert_close(found, expected, atol=0.02 * float(off), rtol=0)
 
@@ -115,7 +116,8 @@ def test_what_the_disk_does_not_keep_is_found_and_nothing_is_left(
     capsys: pytest.CaptureFixture[str],
     at: int,
 ) -> None:
-    adapter, sync = make(tiny, tmp_path / "adapter", **PLAIN), os.fsync
+    adapter = make(tiny, tmp_path / "adapter", **PLAIN)
+    sync = os.fsync
 
     def spoil(handle: int) -> None:
         place = at % os.fstat(handle).st_size
@@ -135,8 +137,14 @@ def test_what_the_disk_does_not_keep_is_found_and_nothing_is_left(
 def test_the_folder_is_a_model_once_everything_is_there(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    moved, replace = [], os.replace
-    monkeypatch.setattr(os, "replace", lambda *ends: (moved.append(ends[1].name), replace(*ends)))
+    moved: list[str] = []
+    rename = os.replace
+
+    def noted(old: Path, new: Path) -> None:
+        moved.append(new.name)
+        rename(old, new)
+
+    monkeypatch.setattr(os, "replace", noted)
     assert merge(tiny, make(tiny, tmp_path / "adapter", **PLAIN), tmp_path / "merged") == 0
     assert moved[-1] == "config.json" and INDEX in moved
     assert sorted(moved) == sorted(path.name for path in tiny.iterdir() if path.is_file())
@@ -169,17 +177,14 @@ def test_what_no_adapter_touches_is_the_same_to_the_byte(base: Path, tmp_path: P
     stored = read_checkpoint(read_model_config(folder)).tensors
     assert read_checkpoint(read_model_config(merged)).tensors.keys() == stored.keys()
     for name in files:
-        old, new = (bytearray((place / name).read_bytes()) for place in (folder, merged))
+        old = bytearray((folder / name).read_bytes())
+        new = bytearray((merged / name).read_bytes())
         for tensor_name, tensor in stored.items():
             if tensor.file.name == name and targets.fullmatch(tensor_name):
-                end = tensor.start + torch.Size(tensor.shape).numel() * tensor.dtype.itemsize
-                assert old[tensor.start : end] != new[tensor.start : end]
-                old[tensor.start : end] = new[tensor.start : end] = b""
-                padding = bytes(end - tensor.start)  # keeps what follows in its place
-                old[tensor.start : tensor.start], new[tensor.start : tensor.start] = (
-                    padding,
-                    padding,
-                )
+                size = torch.Size(tensor.shape).numel() * tensor.dtype.itemsize
+                place = slice(tensor.start, tensor.start + size)
+                assert old[place] != new[place]
+                old[place] = new[place] = bytes(size)  # what remains must be equal
         assert old == new
     AutoTokenizer.from_pretrained(merged)
 
@@ -234,7 +239,8 @@ def test_folders_and_weights_that_do_not_fit_are_refused(
 
 @pytest.mark.slow
 def test_memory_stays_under_two_of_the_largest_tensors(tiny: Path, tmp_path: Path) -> None:
-    large, size = tmp_path / "large", 2**26  # bytes of the largest tensor
+    large = tmp_path / "large"
+    size = 2**26  # bytes of the largest tensor
     shape = TinyShape(hidden=2048, intermediate=2**14, layers=5, heads=16, kv_heads=4, head_dim=128)
     write_tiny(large, TinyShape(**{**vars(shape), "shard_bytes": 3 * 10**8}))
     assert read_checkpoint(read_model_config(large)).total_bytes > 10**9

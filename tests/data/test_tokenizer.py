@@ -9,10 +9,11 @@ import pytest
 from tokenizers import Tokenizer as Backend
 from tokenizers import models, pre_tokenizers, trainers
 
-from minilora.data.chat import make_template
+from minilora.data.chat import make_template, show
+from minilora.data.conversations import BadRow
 from minilora.data.tokenizer import Rendered, Tokenizer, encode, load_tokenizer, mark_specials
 from minilora.settings.errors import RequestError
-from tests.support.llama31 import write_folder
+from tests.support.llama31 import talk, write_folder
 
 
 @pytest.fixture(scope="module")
@@ -100,3 +101,15 @@ def test_a_mark_is_put_into_special_tokens_and_taken_out_again(tokenizer: Tokeni
         assert tokenizer.decode(ids[: ends[0]]) == texts[0]
         assert tokenizer.decode(ids[ends[0] :]) == "<|eot_id|>fox\ue001"
         assert ends[2] == len(ids)
+
+
+def test_a_mark_is_in_no_text_and_not_in_the_template(tmp_path: Path) -> None:
+    loop = "\ue000{% for m in messages %}{{ m.content }}{% endfor %}"
+    tokenizer = load_tokenizer(write_folder(tmp_path, chat_template=loop))
+    assert mark_specials(tokenizer, ["<|eot_id|>"])[1] == "\ue001"
+    (sample,), _ = make_template(None, tokenizer).encode([talk("<|eot_id|>", "a")], cutoff_len=99)
+    assert show(tokenizer, sample) == "\ue000<|eot_id|>[[a]]"
+    every = "".join(map(chr, range(0xE000, 0xF900)))
+    assert mark_specials(tokenizer, [every]) == ([every], "")
+    with pytest.raises(BadRow, match="every private-use character"):
+        mark_specials(tokenizer, [every, "<|eot_id|>"])

@@ -11,7 +11,13 @@ import torch
 from transformers import TrainingArguments
 from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
 
-from minilora.files.deepspeed_file import Facts, find_ds_config, resolve_ds_config, zero_stage
+from minilora.files.deepspeed_file import (
+    Facts,
+    find_ds_config,
+    read_deepspeed_files,
+    resolve_ds_config,
+    zero_stage,
+)
 from minilora.settings.errors import RequestError
 from minilora.settings.settings import TrainSettings
 
@@ -157,6 +163,21 @@ def test_shipped_files_are_found_by_name_and_strangers_are_not(tmp_path: Path) -
     own = tmp_path / "zero3.json"
     own.write_text("{}", encoding="utf-8")
     assert find_ds_config(str(own)) == own
+
+
+def test_the_file_that_is_asked_for_comes_first_and_the_shipped_ones_follow(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file of the user's with the name of a shipped one takes its place, if it is asked for."""
+    monkeypatch.chdir(tmp_path)
+    names = ["zero0", "zero2", "zero3", "zero3_offload"]
+    for name in names:
+        (tmp_path / name).write_text("{}", encoding="utf-8")
+    found = read_deepspeed_files(TrainSettings(deepspeed="zero2.json"), FACTS)
+    assert list(found) == ["zero2", "zero0", "zero3", "zero3_offload"]
+    assert [zero_stage(config) for config in found.values()] == [2, 0, 3, 3]
+    own = read_deepspeed_files(TrainSettings(deepspeed="zero2"), FACTS)
+    assert list(own) == list(found) and zero_stage(own["zero2"]) == 0
 
 
 def test_broken_files_are_named(tmp_path: Path) -> None:

@@ -53,11 +53,13 @@ def test_an_exported_adapter_needs_no_more_than_one_rank_and_one_alpha(
     known = re.compile(rf"base_model\.model\.model\.layers\.\d+\.\w+\.({'|'.join(TARGETS)})"
                        r"\.lora_[AB]\.weight")  # fmt: skip
     assert all(known.fullmatch(name) for name in held)
-    old, new = tensors_of(base), tensors_of(tmp_path / "merged")
+    old = tensors_of(base)
+    new = tensors_of(tmp_path / "merged")
     for name in new:  # as a server reads it
         layer = f"base_model.model.{name.removesuffix('.weight')}"
         if f"{layer}.lora_A.weight" in held:
-            a, b = (held[f"{layer}.lora_{part}.weight"] for part in "AB")
+            a = held[f"{layer}.lora_A.weight"]
+            b = held[f"{layer}.lora_B.weight"]
             assert len(a) == config["r"] == b.shape[1]
             merged = old[name] + config["lora_alpha"] / config["r"] * b @ a
             torch.testing.assert_close(merged, new[name], atol=1e-6, rtol=0)
@@ -71,10 +73,8 @@ def test_an_exported_adapter_needs_no_more_than_one_rank_and_one_alpha(
 def test_a_plain_adapter_is_exported_as_it_is(tiny: Path, tmp_path: Path) -> None:
     adapter = make(tiny, tmp_path / "adapter", **PLAIN)
     assert merge(tiny, adapter, tmp_path / "exported", "--adapter_only") == 0
-    old, new = (
-        load_file(folder / "adapter_model.safetensors")
-        for folder in (adapter, tmp_path / "exported")
-    )
+    old = load_file(adapter / "adapter_model.safetensors")
+    new = load_file(tmp_path / "exported/adapter_model.safetensors")
     assert old.keys() == new.keys() and all(torch.equal(old[name], new[name]) for name in old)
     config = json.loads((tmp_path / "exported/adapter_config.json").read_text(encoding="utf-8"))
     assert (config["r"], config["lora_alpha"]) == (4, 8)

@@ -12,7 +12,8 @@ import pytest
 import torch
 from transformers.trainer_utils import rotate_checkpoints
 
-from minilora.files.adapter import WEIGHTS, read_adapter_base
+from minilora.data.tokenizer_files import read_tokenizer_files
+from minilora.files.adapter import WEIGHTS
 from minilora.files.adapter_config import CONFIG
 from minilora.files.snapshot import (
     DRAFT,
@@ -38,7 +39,7 @@ def written(output: Path, tiny: Path, state: State) -> Path:
     """A snapshot with this state."""
     adapter = {"model.layers.0.self_attn.q_proj.lora_A": torch.randn(3, 32)}
     moments = {"moment": torch.ones(2)}
-    return write_snapshot(output, state, adapter, moments, LORA, read_adapter_base(tiny))
+    return write_snapshot(output, state, adapter, moments, LORA, read_tokenizer_files(tiny))
 
 
 def test_a_power_cut_leaves_whole_files_and_no_half_snapshot(
@@ -126,7 +127,7 @@ def test_records_in_the_state_of_another_version_are_refused_by_name(kind: Any) 
 
 def test_an_adapter_alone_is_no_snapshot_to_resume_from(tiny: Path, tmp_path: Path) -> None:
     state = State(5, 60, {}, {}, {})
-    folder = write_snapshot(tmp_path, state, {}, {}, LORA, read_adapter_base(tiny))
+    folder = write_snapshot(tmp_path, state, {}, {}, LORA, read_tokenizer_files(tiny))
     assert (folder / CONFIG).exists()
     assert find_snapshot(tmp_path, "true") is None
     with pytest.raises(RequestError, match="checkpoint-5 holds no snapshot.json"):

@@ -117,12 +117,11 @@ def test_a_single_file_without_an_index_is_read(tiny: Path, copy: Path) -> None:
         file.unlink()
     (copy / INDEX).unlink()
     save_file(tensors, copy / "model.safetensors")
-    assert (
-        read_checkpoint(read_model_config(copy)).total_bytes
-        == read_checkpoint(read_model_config(tiny)).total_bytes
-    )
+    whole = read_checkpoint(read_model_config(copy))
+    assert whole.total_bytes == read_checkpoint(read_model_config(tiny)).total_bytes
 
 
+@pytest.mark.slow
 def test_reading_needs_no_more_memory_than_the_part(tmp_path: Path) -> None:
     """A process that reads a seventh of a 210 MB tensor grows by that seventh, 30 MB.
 
@@ -187,7 +186,25 @@ def test_all_broken_files_are_named_at_once(copy: Path) -> None:
     shard_of(copy, "model.embed_tokens.weight").unlink()
     with pytest.raises(RequestError) as refused:
         read_checkpoint(read_model_config(copy))
-    assert len(refused.value.problems) >= 2
+    assert len(refused.value.problems) == 2
+
+
+def test_a_tensor_of_a_dtype_that_is_not_read_is_named_once(copy: Path) -> None:
+    replace_tensor(NORM, torch.zeros(32, dtype=torch.int8))(copy)
+    with pytest.raises(RequestError) as refused:
+        read_checkpoint(read_model_config(copy))
+    assert len(refused.value.problems) == 1
+
+
+def test_many_problems_of_one_kind_are_shortened(copy: Path) -> None:
+    """Shards of another model beside this one's index."""
+    edit_index(lambda index: index.update({f"x.{number}": index[NORM] for number in range(99)}))(
+        copy
+    )
+    with pytest.raises(RequestError) as refused:
+        read_checkpoint(read_model_config(copy))
+    assert len(refused.value.problems) == 6
+    assert refused.value.problems[-1] == "... and 94 more like the last one"
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])

@@ -14,7 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from minilora.files.adapter import WEIGHTS, read_adapter_base, write_adapter
+from minilora.data.tokenizer_files import read_tokenizer_files
+from minilora.files.adapter import WEIGHTS, write_adapter
 from minilora.files.model_config import read_model_config
 from minilora.files.output_folder import LOCK, is_claimed
 from minilora.files.snapshot import (
@@ -39,7 +40,7 @@ def great_adapter(ground: Ground) -> Path:
     lora = LoraShape(4, 4 * 10**9, 0.0, ("q_proj",))
     shapes = lora.parameter_shapes(shape)
     tensors = {name: torch.full(size, 1e35 * name.endswith("A")) for name, size in shapes.items()}
-    write_adapter(folder, tensors, lora, read_adapter_base(ground.models["tiny"]))
+    write_adapter(folder, tensors, lora, read_tokenizer_files(ground.models["tiny"]))
     return folder
 
 

@@ -15,10 +15,10 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from minilora.data.tokenizer_files import read_tokenizer_files
 from minilora.files.adapter import (
     WEIGHTS,
     check_adapter,
-    read_adapter_base,
     trained_in_bits,
     write_adapter,
 )
@@ -55,7 +55,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         name: torch.randn(size, generator=generator) * 0.2
         for name, size in lora.parameter_shapes(shape).items()
     }
-    write_adapter(base.with_name("adapter"), tensors, lora, read_adapter_base(base, 4))
+    write_adapter(base.with_name("adapter"), tensors, lora, read_tokenizer_files(base), 4)
     check_adapter(base.with_name("adapter"), tensors)
     return base, base.with_name("adapter")
 
@@ -142,9 +142,10 @@ def test_a_snapshot_is_not_gone_on_from_with_other_bits(ground: Ground) -> None:
         tensors,
         moments,
         request.lora,
-        read_adapter_base(asked.base, 4),
+        read_tokenizer_files(asked.base),
     )
 
+    assert trained_in_bits(folder) == "4"
     again = check(settings(quantization_bit=4, resume_from_checkpoint=folder))
     assert starting_point(again, documents.documents, documents.validation).state.step == 1
     other = check(settings(resume_from_checkpoint=folder))

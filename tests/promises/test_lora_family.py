@@ -12,7 +12,8 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from minilora.files.adapter import WEIGHTS, read_adapter, read_adapter_base, write_adapter
+from minilora.data.tokenizer_files import read_tokenizer_files
+from minilora.files.adapter import WEIGHTS, read_adapter, write_adapter
 from minilora.files.adapter_config import CONFIG, read_adapter_shape
 from minilora.files.model_config import read_model_config
 from minilora.files.weights import read_checkpoint
@@ -142,7 +143,7 @@ def test_an_adapter_of_pefts_gives_the_same_logits_and_is_written_back(
     shape = read_checkpoint(read_model_config(tiny)).shape
     lora = read_adapter_shape(written, shape, 0.0)
     tensors = read_adapter(written, lora.parameter_shapes(shape))
-    write_adapter(tmp_path / "again", tensors, lora, read_adapter_base(tiny))
+    write_adapter(tmp_path / "again", tensors, lora, read_tokenizer_files(tiny))
     old, new = load_file(written / WEIGHTS), load_file(tmp_path / "again" / WEIGHTS)
     assert old.keys() == new.keys() and all(torch.equal(old[name], new[name]) for name in old)
     assert read_adapter_shape(tmp_path / "again", shape, 0.0) == lora
@@ -186,7 +187,7 @@ def test_the_order_of_patterns_is_kept_on_disk(tiny: Path, tmp_path: Path) -> No
     shape = read_checkpoint(read_model_config(tiny)).shape
     patterns = {"q_proj": 2, r".*_proj": 3}  # sorted, the second would win
     lora = LoraShape(4, 8, 0.0, ("q_proj", "v_proj"), rank_pattern=patterns)
-    write_adapter(tmp_path, {}, lora, read_adapter_base(tiny))
+    write_adapter(tmp_path, {}, lora, read_tokenizer_files(tiny))
     read = read_adapter_shape(tmp_path, shape, 0.0)
     assert read.layers(shape) == lora.layers(shape)
     assert {layer.rank for layer in lora.layers(shape).values()} == {2, 3}

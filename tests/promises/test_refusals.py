@@ -153,7 +153,7 @@ TOKENS: dict[str, tuple[Break, list[str]]] = {
     "template: deep": (template("{{" + "(" * 3000 + "1" + ")" * 3000 + "}}"), ["recursion"]),
     "template: endless": (template(f"{A_LOOP * 3}{'{% endfor %}' * 3}"),
                           ["still busy after 3 s; use template: llama3"]),
-    "template: endless text": (template(A_LOOP + "{{ messages }}{% endfor %}"), ["writes over"]),
+    "template: endless text": (template(A_LOOP + "{{ messages }}{% endfor %}"), ["writes more"]),
     "template: great range": (template("{% for i in range(999999999) %}{% endfor %}"),
                               ["refuses it: Range too big"]),
     "template: power": (template("{{ 9 ** 9 ** 9 }}"), ["** of such values is not allowed"]),

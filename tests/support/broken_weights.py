@@ -11,17 +11,24 @@ from safetensors.torch import load_file, save_file
 
 from minilora.files.weights import INDEX
 
+NORM = "model.norm.weight"
+Change = Callable[[Path], None]
+
 
 def shard_of(folder: Path, name: str) -> Path:
+    """The file that a tensor lies in, by the index."""
     weight_map = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
     return folder / weight_map[name]
 
 
-def remove(name: str) -> Callable[[Path], None]:
+def remove(name: str) -> Change:
+    """Delete a file of the folder."""
     return lambda folder: (folder / name).unlink()
 
 
-def edit_index(change: Callable[[dict[str, str]], None]) -> Callable[[Path], None]:
+def edit_index(change: Callable[[dict[str, str]], object]) -> Change:
+    """Change which tensors the index puts where."""
+
     def edit(folder: Path) -> None:
         index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
         change(index["weight_map"])
@@ -30,7 +37,9 @@ def edit_index(change: Callable[[dict[str, str]], None]) -> Callable[[Path], Non
     return edit
 
 
-def replace_tensor(name: str, tensor: torch.Tensor) -> Callable[[Path], None]:
+def replace_tensor(name: str, tensor: torch.Tensor) -> Change:
+    """Put another tensor in the place of one."""
+
     def replace(folder: Path) -> None:
         file = shard_of(folder, name)
         save_file({**load_file(file), name: tensor}, file)
@@ -38,32 +47,43 @@ def replace_tensor(name: str, tensor: torch.Tensor) -> Callable[[Path], None]:
     return replace
 
 
+def write_config(text: str) -> Change:
+    """Let config.json hold this text."""
+
+    def write(folder: Path) -> None:
+        (folder / "config.json").write_text(text, encoding="utf-8")
+
+    return write
+
+
+def lose_a_shard(folder: Path) -> None:
+    shard_of(folder, NORM).unlink()
+
+
 def truncate(folder: Path) -> None:
-    file = shard_of(folder, "model.norm.weight")
+    file = shard_of(folder, NORM)
     file.write_bytes(file.read_bytes()[:-10])
 
 
 def garbage(folder: Path) -> None:
-    shard_of(folder, "model.norm.weight").write_bytes(b"\xff" * 400)
+    shard_of(folder, NORM).write_bytes(b"\xff" * 400)
 
 
-def write_config(text: str) -> Callable[[Path], None]:
-    return lambda folder: (folder / "config.json").write_text(text, encoding="utf-8") and None
+def add_a_stranger(folder: Path) -> None:
+    """A tensor that no Llama has, in a file and in the index."""
+    file = shard_of(folder, NORM)
+    save_file({**load_file(file), "model.layers.2.x": torch.zeros(1)}, file)
+    edit_index(lambda index: index.update({"model.layers.2.x": file.name}))(folder)
 
 
-NORM = "model.norm.weight"
-
-
-BROKEN: dict[str, tuple[Callable[[Path], None], list[str]]] = {
+# Name of a case -> how the folder is broken, and words that the answer must hold.
+BROKEN: dict[str, tuple[Change, list[str]]] = {
     "no config": (remove("config.json"), ["config.json: no such file"]),
     "broken config": (write_config("{\n,}"), ["config.json:2: not JSON"]),
     "config is a list": (write_config("[]"), ["a JSON object is needed, not list"]),
     "not a llama": (write_config('{"model_type": "gpt2"}'), ["only `llama`"]),
     "no weights": (remove(INDEX), ["no model.safetensors and no model.safetensors.index.json"]),
-    "shard missing": (
-        lambda folder: shard_of(folder, NORM).unlink(),
-        ["no such file", "download it again"],
-    ),
+    "shard missing": (lose_a_shard, ["no such file", "download it again"]),
     "truncated": (truncate, ["not a whole safetensors file", "download it again"]),
     "garbage": (garbage, ["not a whole safetensors file"]),
     "index points outside": (
@@ -86,19 +106,9 @@ BROKEN: dict[str, tuple[Callable[[Path], None], list[str]]] = {
         replace_tensor(NORM, torch.zeros(31)),
         [NORM, "has shape [31], config.json implies [32]"],
     ),
-    "wrong dtype": (replace_tensor(NORM, torch.zeros(32, dtype=torch.int8)), [NORM, "is I8"]),
-    "surplus": (
-        lambda folder: [
-            replace_tensor("model.norm.weight", torch.zeros(32))(folder),
-            save_file(
-                {**load_file(shard_of(folder, NORM)), "model.layers.2.x": torch.zeros(1)},
-                shard_of(folder, NORM),
-            ),
-            edit_index(
-                lambda index: index.update({"model.layers.2.x": index[NORM]})
-            )(folder),
-        ]
-        and None,
-        ["model.layers.2.x is not part of a Llama"],
+    "wrong dtype": (
+        replace_tensor(NORM, torch.zeros(32, dtype=torch.int8)),
+        [NORM, "is I8; F32, BF16, F16 can be read"],
     ),
-}  # fmt: skip
+    "surplus": (add_a_stranger, ["model.layers.2.x is not part of a Llama"]),
+}

@@ -1,4 +1,4 @@
-"""The commands of the documentation, parsed by the parsers that will parse them."""
+"""What stands in the documentation: its tables, and commands, parsed by their real parsers."""
 
 from __future__ import annotations
 
@@ -16,6 +16,12 @@ from minilora.settings.errors import RequestError
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 EXAMPLE = ROOT / "examples" / "llama31_8b_7x4090.yaml"
+CHINESE = ".zh-CN.md"
+READMES = [ROOT / "README.md", ROOT / f"README{CHINESE}"]
+PROMISES = [ROOT / "docs" / "promises.md", ROOT / "docs" / f"promises{CHINESE}"]
+SETTINGS = [ROOT / "docs" / "settings.md", ROOT / "docs" / f"settings{CHINESE}"]
+CONTRIBUTING = ROOT / "CONTRIBUTING.md"
+DOCS = [*READMES, CONTRIBUTING, *sorted((ROOT / "docs").glob("*.md"))]
 SHELL = ("", "sh", "bash")
 COMMAND = re.compile(r"(\w+=\S+ )*(\./run\.sh|deepspeed|torchrun|hf|python) .*")
 
@@ -34,6 +40,15 @@ def spans(text: str) -> list[str]:
     """What stands in backticks outside of fences, as it is shown."""
     prose = re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE)
     return [span.replace("\\|", "|") for span in re.findall(r"`([^`]+)`", prose)]
+
+
+def tables(text: str) -> Iterator[list[list[str]]]:
+    """The cells of each table, row by row: first the header, then the rows below its rule."""
+    for found in re.finditer(r"(?:^\|.*\|\n)+", text, re.MULTILINE):
+        lines = found[0].splitlines()
+        # A bar inside a cell is written with a backslash before it.
+        cells = [re.split(r"(?<!\\)\|", line)[1:-1] for line in lines]
+        yield [[cell.strip() for cell in row] for row in (cells[0], *cells[2:])]
 
 
 def fenced_commands(text: str) -> list[str]:
@@ -81,6 +96,8 @@ def parse(program: str, words: list[str]) -> None:
             pass
         case "python", ["-m", module, *rest]:
             parse_module(module, rest)
+        case "python", [script]:
+            assert script.endswith(".py") and (ROOT / script).is_file(), f"no such file: {script}"
         case "source", [".venv/bin/activate"]:
             pass
         case "hf", ["download", _, "--exclude", "original/*", "--local-dir", folder]:

@@ -9,7 +9,72 @@ from typing import Any
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from minilora.data.conversations import Conversation, Turn
-from minilora.tiny.tokenizer import CHAT_TEMPLATE as LLAMA31
+
+# Written for this project; renders what Llama 3.1 Instruct's own template renders, tools included.
+LLAMA31 = r"""
+{%- macro open(role) %}{{ "<|start_header_id|>" ~ role ~ "<|end_header_id|>\n\n" }}{% endmacro %}
+{%- macro functions() %}
+    {{- 'Respond in the format {"name": function name, "parameters": dictionary of argument' }}
+    {{- " name and its value}.Do not use variables.\n\n" }}
+    {%- for tool in available %}{{ tool | tojson(indent=4) ~ "\n\n" }}{% endfor %}
+{%- endmacro %}
+{%- set available = custom_tools if custom_tools is defined else tools | default(none) %}
+{%- set told_to_user = tools_in_user_message | default(true) %}
+{%- set system = "" %}
+{%- if messages[0].role == "system" %}
+    {%- set system = messages[0].content | trim %}
+    {%- set messages = messages[1:] %}
+{%- endif %}
+
+{{- bos_token ~ open("system") }}
+{%- if builtin_tools is defined or available is not none %}{{ "Environment: ipython\n" }}{% endif %}
+{%- if builtin_tools is defined %}
+    {{- "Tools: " ~ builtin_tools | reject("equalto", "code_interpreter") | join(", ") ~ "\n\n" }}
+{%- endif %}
+{{- "Cutting Knowledge Date: December 2023\n" }}
+{{- "Today Date: " ~ date_string | default("26 Jul 2024") ~ "\n\n" }}
+{%- if available is not none and not told_to_user %}
+    {{- "You have access to the following functions. To call a function, please respond with " }}
+    {{- "JSON for a function call." ~ functions() }}
+{%- endif %}
+{{- system ~ "<|eot_id|>" }}
+
+{%- if available is not none and told_to_user %}
+    {%- if not messages %}
+        {{- raise_exception("Tools are described in the first user message, and there is none") }}
+    {%- endif %}
+    {{- open("user") ~ "Given the following functions, please respond with a JSON for a " }}
+    {{- "function call with its proper arguments that best answers the given prompt.\n\n" }}
+    {{- functions() }}
+    {{- messages[0].content | trim ~ "<|eot_id|>" }}
+    {%- set messages = messages[1:] %}
+{%- endif %}
+
+{%- for message in messages %}
+    {%- if message.tool_calls is defined %}
+        {%- if message.tool_calls | length != 1 %}
+            {{- raise_exception("This model only supports single tool-calls at once!") }}
+        {%- endif %}
+        {%- set call = message.tool_calls[0].function %}
+        {{- open("assistant") }}
+        {%- if builtin_tools is defined and call.name in builtin_tools %}
+            {{- "<|python_tag|>" ~ call.name ~ ".call(" }}
+            {%- for name, value in call.arguments | items %}
+                {{- name ~ '="' ~ value ~ '"' ~ ("" if loop.last else ", ") }}
+            {%- endfor %}
+            {{- ")" }}
+        {%- else %}
+            {{- '{"name": "' ~ call.name ~ '", "parameters": ' ~ call.arguments | tojson ~ "}" }}
+        {%- endif %}
+        {{- "<|eom_id|>" if builtin_tools is defined else "<|eot_id|>" }}
+    {%- elif message.role in ("tool", "ipython") %}
+        {{- open("ipython") ~ message.content | tojson ~ "<|eot_id|>" }}
+    {%- else %}
+        {{- open(message.role) ~ message.content | trim ~ "<|eot_id|>" }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ open("assistant") }}{% endif %}
+"""
 
 SPECIALS = [
     "<|begin_of_text|>",

@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from minilora.files.adapter import WEIGHTS, read_adapter_base, write_adapter
+from minilora.data.tokenizer_files import read_tokenizer_files
+from minilora.files.adapter import WEIGHTS, write_adapter
 from minilora.files.model_config import read_model_config
 from minilora.files.weights import read_checkpoint
 from minilora.model.llama_shape import LlamaShape
@@ -166,7 +167,7 @@ def make_ground(folder: Path, models: dict[str, Path]) -> Ground:
             for parameter, size in lora.parameter_shapes(shape).items()
         }
         adapters[name] = folder / f"start-{name}"
-        write_adapter(adapters[name], tensors, lora, read_adapter_base(models[model]))
+        write_adapter(adapters[name], tensors, lora, read_tokenizer_files(models[model]))
     return Ground(models, adapters, folder / "rows.jsonl", folder)
 
 

@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from minilora.files.adapter import read_adapter_base, write_adapter
+from minilora.data.tokenizer_files import read_tokenizer_files
+from minilora.files.adapter import write_adapter
 from minilora.files.model_config import read_model_config
 from minilora.files.tensor_parts import TensorPart
 from minilora.files.weights import INDEX, read_parts
@@ -64,7 +65,7 @@ def sound(folder: Path, model: Path) -> Request:
     shape = read_model_config(model).shape
     lora = LoraShape(4, 8, 0.0, ("q_proj", "v_proj"))
     zeros = {name: torch.zeros(size) for name, size in lora.parameter_shapes(shape).items()}
-    write_adapter(folder / "adapter", zeros, lora, read_adapter_base(model))
+    write_adapter(folder / "adapter", zeros, lora, read_tokenizer_files(model))
     write(folder / "rows.jsonl", ROWS)
     settings = {
         "model_name_or_path": folder / "model",
