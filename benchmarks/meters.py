@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from minilora.files.weights import TensorPart
+from minilora.files.tensor_parts import TensorPart
 from minilora.model.lora import lora_parameters
 from minilora.processes.world import World
 from minilora.training.engine import Engine

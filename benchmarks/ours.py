@@ -19,7 +19,8 @@ from minilora.data.steps import TileLimits
 from minilora.data.tokenizer_files import TokenizerFiles
 from minilora.files.deepspeed_file import Facts, find_ds_config, resolve_ds_config
 from minilora.files.snapshot import State
-from minilora.files.weights import Checkpoint, TensorPart
+from minilora.files.tensor_parts import TensorPart
+from minilora.files.weights import Checkpoint
 from minilora.memory.in_a_run import foresee
 from minilora.memory.job import memory_job
 from minilora.memory.ways import Way

@@ -17,16 +17,11 @@ from minilora.data.chat import make_template
 from minilora.data.prompts import encode_prompts, read_prompts
 from minilora.data.sources import Row
 from minilora.data.tokenizer import load_tokenizer
-from minilora.files.adapter import read_adapter
+from minilora.files.adapter import read_adapter, trained_in_bits
 from minilora.files.adapter_config import read_adapter_shape
 from minilora.files.model_config import read_model_config
-from minilora.files.weights import (
-    Checkpoint,
-    TensorPart,
-    check_tied_head,
-    read_checkpoint,
-    read_parts,
-)
+from minilora.files.tensor_parts import TensorPart
+from minilora.files.weights import Checkpoint, check_tied_head, read_checkpoint, read_parts
 from minilora.memory.measured import free_memory
 from minilora.model.build import NewAdapter, build_model
 from minilora.model.decode import Sampling, generate
@@ -63,7 +58,8 @@ def run(args: argparse.Namespace) -> None:
     if problems := _option_problems(args):
         raise RequestError(problems)
 
-    checkpoint = read_checkpoint(read_model_config(args.model_name_or_path))
+    config = read_model_config(args.model_name_or_path, args.quantization_bit)
+    checkpoint = read_checkpoint(config)
     check_tied_head(checkpoint)
     tokenizer = load_tokenizer(args.model_name_or_path)
     template = make_template(args.template, tokenizer, args.system)
@@ -178,6 +174,10 @@ def load(checkpoint: Checkpoint, adapter: Path | None) -> Llama:
 
     trained = dict(lora_parameters(model))
     if adapter:
+        bits = trained_in_bits(adapter)
+        if bits and not checkpoint.shape.packed:
+            note = f"{adapter} was trained beside weights of {bits} bits"
+            print(f"{note}; --quantization_bit {bits} answers with those", file=sys.stderr)
         held = read_adapter(adapter, {name: tuple(p.shape) for name, p in trained.items()})
         for name, parameter in trained.items():
             parameter.data.copy_(held[name])
@@ -188,8 +188,7 @@ def load(checkpoint: Checkpoint, adapter: Path | None) -> Llama:
 
 def _check_that_it_fits(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
     """Raise RequestError if the device has no room for the weights in this dtype."""
-    sizes = checkpoint.shape.parameter_shapes().values()
-    needed = sum(math.prod(size) for size in sizes) * dtype.itemsize
+    needed = checkpoint.shape.held_bytes(dtype.itemsize)
     if device.type == "cuda":
         free = torch.cuda.mem_get_info()[0]
     else:
@@ -217,6 +216,9 @@ def _option_problems(args: argparse.Namespace) -> list[str]:
         problems.append("--top_p and --top_k need a --temperature above 0")
     if args.seed < 0:
         problems.append("--seed must be at least 0")
+    if args.quantization_bit not in (None, 4):
+        bits = args.quantization_bit
+        problems.append(f"--quantization_bit: {bits} is not supported; 4 is, or leave it out")
     if (args.prompts is None) != (args.output is None):
         problems.append("--prompts and --output need each other")
     if args.output is not None and args.output.exists():
@@ -241,6 +243,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--output", type=Path, help="new .jsonl file for the answers to --prompts")
     add("--system", help="system message for prompts that have none")
     add("--template", help="llama3; default: the one that came with the base model")
+    add(
+        "--quantization_bit",
+        type=int,
+        help="4: hold the linear layers in 4 bits, as they were trained; default: as in the files",
+    )
     add("--max_new_tokens", type=int, default=512, help="tokens of the longest answer [512]")
     add("--temperature", type=float, default=0.0, help="0: always the likeliest token [0]")
     add(

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from minilora.data.chat import make_template
 from minilora.data.tokenizer import load_tokenizer
+from minilora.files.adapter import trained_in_bits
 from minilora.files.merging import Update, clashes, export_adapter, export_merged, read_updates
 from minilora.files.model_card import merged_card
 from minilora.files.model_config import read_model_config
@@ -67,6 +68,13 @@ def run(args: argparse.Namespace) -> None:
         export_merged(checkpoint, updates, args.export_dir, card)
         gigabytes = checkpoint.total_bytes / 1e9
         print(f"{args.export_dir}: {gigabytes:.3f} GB, {len(updates)} layers changed")
+        for adapter in adapters:
+            if bits := trained_in_bits(adapter):
+                print(
+                    f"{adapter} was trained beside weights of {bits} bits, and is now merged into "
+                    "those of the files, which are more exact: compare answers with "
+                    f"minilora.generate --quantization_bit {bits}"
+                )
         if serving is not None:
             text, left = serving
             (args.export_dir / "Modelfile").write_text(text, encoding="utf-8")

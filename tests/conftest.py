@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from minilora.tiny.checkpoint import TinyShape, write_tiny
-from tests.support.processes import HANGING_SECONDS, SMALL, Launch, command_line
+from tests.support.processes import HANGING_SECONDS, PACKABLE, SMALL, Launch, command_line
 from tests.support.runs import Ground, make_ground
 
 
@@ -44,6 +44,14 @@ def tiny_tied(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same with the head tied to the embeddings, as in Llama 3.2."""
     folder = tmp_path_factory.mktemp("tiny_tied")
     write_tiny(folder, TinyShape(**{**vars(SMALL), "tied": True}))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def packable(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint whose weights can be packed to 4 bits: hidden 64 and MLP 128, fp32."""
+    folder = tmp_path_factory.mktemp("packable")
+    write_tiny(folder, PACKABLE)
     return folder
 
 
@@ -118,8 +126,9 @@ def ground(
     tmp_path_factory: pytest.TempPathFactory,
     tiny: Path,
     tiny_tied: Path,
+    packable: Path,
     family_checkpoints: dict[str, Path],
 ) -> Ground:
     """Rows, checkpoints and start adapters of the tests of whole runs."""
-    models = {"tiny": tiny, "tiny_tied": tiny_tied, **family_checkpoints}
+    models = {"tiny": tiny, "tiny_tied": tiny_tied, "packable": packable, **family_checkpoints}
     return make_ground(tmp_path_factory.mktemp("runs"), models)

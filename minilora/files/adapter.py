@@ -24,6 +24,8 @@ from minilora.model.lora_shape import LoraShape
 from minilora.settings.errors import RequestError, RunError, shortened
 
 WEIGHTS = "adapter_model.safetensors"
+# In the metadata of that file: quantization_bit of the run, if it was set.
+QUANTIZATION = "quantization_bit"
 # PEFT wraps the model twice, and the names of both wrappers stand before every parameter.
 PREFIX = "base_model.model."
 
@@ -41,7 +43,11 @@ def stored_name(parameter: str) -> str:
 
 
 def write_adapter(
-    folder: Path, tensors: Mapping[str, Tensor], lora: LoraShape, base: TokenizerFiles
+    folder: Path,
+    tensors: Mapping[str, Tensor],
+    lora: LoraShape,
+    base: TokenizerFiles,
+    quantization_bit: int | None = None,
 ) -> None:
     """Write adapter_model.safetensors, the base's tokenizer files, and adapter_config.json.
 
@@ -50,7 +56,11 @@ def write_adapter(
     """
     folder.mkdir(parents=True, exist_ok=True)
     by_stored_name = {stored_name(name): tensor for name, tensor in tensors.items()}
-    write_atomically(folder / WEIGHTS, save(by_stored_name, metadata={"format": "pt"}))
+    metadata = {"format": "pt"}
+    if quantization_bit is not None:
+        # adapter_config.json has no key for it, and PEFT warns of keys that it does not know.
+        metadata[QUANTIZATION] = str(quantization_bit)
+    write_atomically(folder / WEIGHTS, save(by_stored_name, metadata=metadata))
     for name, content in base.contents.items():
         write_atomically(folder / name, content)
 
@@ -59,6 +69,13 @@ def write_adapter(
     layers = [name.removesuffix(".lora_A") for name in tensors if name.endswith(".lora_A")]
     config = json.dumps(peft_config(lora, base.folder, layers), indent=2) + "\n"
     write_atomically(folder / CONFIG, config.encode())
+
+
+def trained_in_bits(folder: Path) -> str | None:
+    """quantization_bit of the run that wrote a sound adapter, None if it was not set."""
+    with safe_open(folder / WEIGHTS, framework="np") as opened:
+        metadata = opened.metadata() or {}
+    return metadata.get(QUANTIZATION)
 
 
 def check_adapter(folder: Path, expected: Mapping[str, Tensor]) -> None:

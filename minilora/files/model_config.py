@@ -24,15 +24,19 @@ class ModelConfig:
     shape: LlamaShape
 
 
-def read_model_config(folder: Path) -> ModelConfig:
-    """Read config.json. Raises RequestError naming every key that cannot be used."""
+def read_model_config(folder: Path, quantization_bit: int | None = None) -> ModelConfig:
+    """Read config.json. Raises RequestError naming every key that cannot be used.
+
+    quantization_bit: the setting; the shape then says that the linear layers are held packed.
+    """
     if not folder.is_dir():
         problem = "no such folder; download the model, and name its folder"
         raise RequestError([f"model_name_or_path: {folder}: {problem}"])
     path = folder / "config.json"
     values = read_json(path)
     _refuse_quantized(values, path)
-    return ModelConfig(folder, values, shape_from_config(values, str(path)))
+    shape = shape_from_config(values, str(path)).in_bits(quantization_bit)
+    return ModelConfig(folder, values, shape)
 
 
 def _refuse_quantized(values: Mapping[str, Any], path: Path) -> None:

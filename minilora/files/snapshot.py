@@ -87,8 +87,9 @@ def write_snapshot(
     final = snapshot_folder(output, state.step)
     draft = final.with_name(final.name + DRAFT)
     shutil.rmtree(draft, ignore_errors=True)
+    bits = state.must_match.get("quantization_bit")
     try:
-        write_adapter(draft, adapter, lora, base)
+        write_adapter(draft, adapter, lora, base, bits)
         if moments:
             write_atomically(draft / TENSORS, save({**adapter, **moments}, {"format": "pt"}))
             dated = replace(state, about={**state.about, "written": time.time()})

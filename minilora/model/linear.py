@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from minilora.model.matrix import Matrix
+
 
 class LoraPair(NamedTuple):
     """What LoRA adds to a layer: scaling * B A x.
@@ -26,7 +28,7 @@ class LoraPair(NamedTuple):
 
 
 def linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, pair: LoraPair | None, graph_only: bool = False
+    x: Tensor, weight: Matrix, bias: Tensor | None, pair: LoraPair | None, graph_only: bool = False
 ) -> Tensor:
     """x W^T + b, and LoRA's part where there is a pair.
 
@@ -55,7 +57,7 @@ class _Linear(torch.autograd.Function):
         if graph_only:
             output = x.new_empty(len(x), len(weight))  # (N, out)
         else:
-            output = F.linear(x, weight, bias)  # (N, out)
+            output = F.linear(x, weight.numbers(x.dtype), bias)  # (N, out)
 
         low = None
         if a is not None:
@@ -65,16 +67,17 @@ class _Linear(torch.autograd.Function):
                 output.addmm_(low.T, b.T, alpha=scaling)
 
         ctx.scaling = scaling
-        ctx.save_for_backward(x, dropped, weight, a, b, low)
+        ctx.weight = weight
+        ctx.save_for_backward(x, dropped, a, b, low)
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, dropped, weight, a, b, low = ctx.saved_tensors
+        x, dropped, a, b, low = ctx.saved_tensors
         grad_x = grad_dropped = grad_a = grad_b = None
         if ctx.needs_input_grad[0]:
-            grad_x = grad @ weight  # (N, in)
+            grad_x = grad @ ctx.weight.numbers(grad.dtype)  # (N, in)
 
         if a is not None:
             low_input = x if dropped is None else dropped

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,8 @@ from minilora.model.dropout import MaskPlace, SeededDropout, dropout_seed
 from minilora.model.linear import linear
 from minilora.model.llama_shape import LlamaShape
 from minilora.model.loss import CHUNK_ROWS, head_loss, head_scores
+from minilora.model.matrix import Matrix, unpacked_once
+from minilora.model.nf4_shape import packed_columns
 from minilora.model.offload import HostStore
 from minilora.model.recompute import recompute, save_activations
 from minilora.model.rope import rotate
@@ -28,20 +31,30 @@ from minilora.model.tiles import MlpPiece, Tile
 
 
 class Linear(nn.Module):
-    """y = x W^T + b, frozen and without random initialisation: the numbers come from files."""
+    """y = x W^T + b, frozen and without random initialisation: the numbers come from files.
 
-    def __init__(self, out_features: int, in_features: int, bias: bool) -> None:
+    packed: whether the weight is held in 4 bits, see nf4.py.
+    """
+
+    def __init__(
+        self, out_features: int, in_features: int, bias: bool, packed: bool = False
+    ) -> None:
         super().__init__()
         self.in_features = in_features
         self.out_features = out_features
-        self.weight = nn.Parameter(torch.empty(out_features, in_features), requires_grad=False)
+        if packed:
+            empty = torch.empty(out_features, packed_columns(in_features), dtype=torch.uint8)
+        else:
+            empty = torch.empty(out_features, in_features)
+        self.weight = nn.Parameter(empty, requires_grad=False)
+        self.matrix = Matrix(self.weight)
         self.bias: nn.Parameter | None = None
         if bias:
             self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False)
 
     def forward(self, x: Tensor, graph_only: bool = False) -> Tensor:
         """x: (N, in). Returns (N, out); graph_only: see `linear`."""
-        return linear(x, self.weight, self.bias, None, graph_only)
+        return linear(x, self.matrix, self.bias, None, graph_only)
 
 
 class RMSNorm(nn.Module):
@@ -64,10 +77,10 @@ class Attention(nn.Module):
         self.layer = layer
         self.head_dim = shape.head_dim
         sizes = shape.linear_shapes()
-        self.q_proj = Linear(*sizes["q_proj"], "q_proj" in shape.biased)
-        self.k_proj = Linear(*sizes["k_proj"], "k_proj" in shape.biased)
-        self.v_proj = Linear(*sizes["v_proj"], "v_proj" in shape.biased)
-        self.o_proj = Linear(*sizes["o_proj"], "o_proj" in shape.biased)
+        self.q_proj = Linear(*sizes["q_proj"], "q_proj" in shape.biased, shape.packed)
+        self.k_proj = Linear(*sizes["k_proj"], "k_proj" in shape.biased, shape.packed)
+        self.v_proj = Linear(*sizes["v_proj"], "v_proj" in shape.biased, shape.packed)
+        self.o_proj = Linear(*sizes["o_proj"], "o_proj" in shape.biased, shape.packed)
         # Qwen3 norms each head by itself; the weight (E,) is the same for all heads.
         self.q_norm: nn.Module = nn.Identity()
         self.k_norm: nn.Module = nn.Identity()
@@ -95,9 +108,9 @@ class MLP(nn.Module):
     def __init__(self, shape: LlamaShape) -> None:
         super().__init__()
         sizes = shape.linear_shapes()
-        self.gate_proj = Linear(*sizes["gate_proj"], "gate_proj" in shape.biased)
-        self.up_proj = Linear(*sizes["up_proj"], "up_proj" in shape.biased)
-        self.down_proj = Linear(*sizes["down_proj"], "down_proj" in shape.biased)
+        self.gate_proj = Linear(*sizes["gate_proj"], "gate_proj" in shape.biased, shape.packed)
+        self.up_proj = Linear(*sizes["up_proj"], "up_proj" in shape.biased, shape.packed)
+        self.down_proj = Linear(*sizes["down_proj"], "down_proj" in shape.biased, shape.packed)
 
     def forward(self, x: Tensor, piece: MlpPiece) -> Tensor:
         # Gate and up have no names here, so that their memory is free before the last product.
@@ -126,16 +139,19 @@ class Block(nn.Module):
         self.self_attn = Attention(shape, layer)
         self.post_attention_layernorm = RMSNorm(shape.hidden_size, shape.rms_norm_eps)
         self.mlp = MLP(shape)
+        matrices = [layer.matrix for layer in self.modules() if isinstance(layer, Linear)]
+        self.unpacked_once = partial(unpacked_once, matrices)
 
     def forward(self, hidden: Tensor, tiles: Sequence[Tile]) -> Tensor:
         """hidden: (N, D), covered by the rows of the tiles in order. Returns (N, D)."""
         if not torch.is_grad_enabled():
-            return torch.cat([self._forward_tile(hidden[tile.rows], tile) for tile in tiles])
+            with self.unpacked_once():
+                return torch.cat([self._forward_tile(hidden[tile.rows], tile) for tile in tiles])
 
         trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
         if self.saves_activations:
-            return save_activations(self._forward_tile, hidden, tiles, trained)
-        return recompute(self._forward_tile, hidden, tiles, trained, self.store)
+            return save_activations(self._forward_tile, hidden, tiles, trained, self.unpacked_once)
+        return recompute(self._forward_tile, hidden, tiles, trained, self.store, self.unpacked_once)
 
     def _forward_tile(self, hidden: Tensor, tile: Tile) -> Tensor:
         """The block's equations for the rows of one tile, (N, D) to (N, D)."""

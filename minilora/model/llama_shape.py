@@ -6,7 +6,10 @@ have a bias, in whether queries and keys are normed, and in sizes. A `LlamaShape
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
+
+from minilora.model.nf4_shape import packed_shapes
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,8 @@ class LlamaShape:
     trained for, in tokens, or None where config.json does not say. It limits nothing here; longer
     documents get a warning. window: how many tokens attention sees, the token itself included, or
     None for all before it. There is no code for windows: no document may be longer.
+    packed: whether the linear layers of the blocks are held in memory in 4 bits (see nf4.py); the
+    files are the same.
     """
 
     vocab_size: int
@@ -55,6 +60,18 @@ class LlamaShape:
     qk_norm: bool = False
     max_positions: int | None = None
     window: int | None = None
+    packed: bool = False
+
+    def in_bits(self, quantization_bit: int | None) -> LlamaShape:
+        """The same model with its linear layers held in 4 bits, or as they are with None.
+
+        Raises RequestError naming the layers whose rows do not divide into blocks of 64 weights.
+        """
+        if quantization_bit is None:
+            return self
+        assert quantization_bit == 4, "checked with the settings"
+        packed_shapes(self.linear_shapes())
+        return replace(self, packed=True)
 
     @property
     def query_features(self) -> int:
@@ -131,6 +148,22 @@ class LlamaShape:
         if not self.tied:
             shapes["lm_head.weight"] = (self.vocab_size, self.hidden_size)
         return shapes
+
+    def held_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every parameter as it is held in memory: those of packed layers are (out, bytes)."""
+        shapes = self.parameter_shapes()
+        if self.packed:
+            layers = self.linear_layers()
+            shapes |= packed_shapes({f"{path}.weight": size for path, size in layers.items()})
+        return shapes
+
+    def held_bytes(self, number_bytes: int) -> int:
+        """Bytes of all parameters where a number that is not packed takes number_bytes."""
+        packed = {f"{path}.weight" for path in self.linear_layers()} if self.packed else set()
+        return sum(
+            math.prod(shape) * (1 if name in packed else number_bytes)
+            for name, shape in self.held_shapes().items()
+        )
 
 
 def _parent(name: str) -> str:

@@ -36,6 +36,7 @@ class LoraLinear(nn.Module):
     ) -> None:
         super().__init__()
         self.weight = base.weight
+        self.matrix = base.matrix
         self.bias = base.bias
         self.scaling = layer.scaling
         self.dropout = dropout
@@ -60,7 +61,7 @@ class LoraLinear(nn.Module):
         b = self.lora_B.to(x.dtype)
         pair = LoraPair(a, b, self.scaling, dropped)
         if self.lora_magnitude_vector is None:
-            return linear(x, self.weight, self.bias, pair, graph_only)
+            return linear(x, self.matrix, self.bias, pair, graph_only)
         # The gradient of a magnitude needs the output that it scales: nothing can be left out.
         return self._forward_dora(x, pair, self.lora_magnitude_vector)
 
@@ -68,17 +69,17 @@ class LoraLinear(nn.Module):
         """DoRA brings each row of W + scaling * B A to the length that is learned for it."""
         # As in PEFT, no gradient goes through the norms; section 4.3 of the paper suggests it.
         with torch.no_grad():
-            norms = row_norms(self.weight, pair.a, pair.b, pair.scaling)
+            norms = row_norms(self.matrix.numbers(x.dtype), pair.a, pair.b, pair.scaling)
         ratio = (magnitudes / norms).to(x.dtype)  # (out,)
 
         dropped = pair.dropped
         if dropped is None:
-            output: Tensor = ratio * linear(x, self.weight, None, pair)
+            output: Tensor = ratio * linear(x, self.matrix, None, pair)
             return output if self.bias is None else output + self.bias
 
         # As in PEFT, DoRA is for what dropout leaves of x; the rest takes the frozen weight alone.
-        rest = linear(x - dropped, self.weight, self.bias, None)
-        adapted = linear(dropped, self.weight, None, pair._replace(dropped=None))
+        rest = linear(x - dropped, self.matrix, self.bias, None)
+        adapted = linear(dropped, self.matrix, None, pair._replace(dropped=None))
         return torch.addcmul(rest, ratio, adapted)
 
 

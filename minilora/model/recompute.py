@@ -22,6 +22,7 @@ with one gradient per tile, the second would come too late.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any, NamedTuple, Protocol, TypeAlias, TypeVar
 
@@ -51,6 +52,9 @@ class Rows(Protocol):
 AnyRows = TypeVar("AnyRows", bound=Rows)
 # What is computed for each tile: its rows of the input, (n, D), and the tile, to (n, D).
 Body: TypeAlias = Callable[[Tensor, AnyRows], Tensor]
+# Makes what is entered around all tiles, once in forward and once in backward. It lives as long as
+# the graph, so it must not hold `hidden`, which would then outlive its own backward.
+Around: TypeAlias = Callable[[], AbstractContextManager[None]]
 
 
 def recompute(
@@ -59,23 +63,41 @@ def recompute(
     tiles: Sequence[AnyRows],
     parameters: Sequence[Tensor],
     store: HostStore | None = None,
+    around: Around = nullcontext,
 ) -> Tensor:
     """Run `body` over each tile of `hidden`, saving nothing but `hidden` for backward.
 
     hidden: (N, D), and so is what is returned. tiles: they cover the rows in order. parameters:
     those of the body that are trained; their gradients are summed over tiles in fp32. store: saves
-    hidden in host memory, if given; backward must then visit the calls in reverse order.
+    hidden in host memory, if given; backward must then visit the calls in reverse order. around:
+    makes what is entered around all tiles, once in forward and once in backward.
     """
-    output: Tensor = _Recompute.apply(body, tiles, store, False, hidden, *parameters)  # type: ignore[no-untyped-call]
+    task = _Task(body, tiles, around, store, save_graphs=False)
+    output: Tensor = _Recompute.apply(task, hidden, *parameters)  # type: ignore[no-untyped-call]
     return output
 
 
 def save_activations(
-    body: Body[AnyRows], hidden: Tensor, tiles: Sequence[AnyRows], parameters: Sequence[Tensor]
+    body: Body[AnyRows],
+    hidden: Tensor,
+    tiles: Sequence[AnyRows],
+    parameters: Sequence[Tensor],
+    around: Around = nullcontext,
 ) -> Tensor:
     """The same as `recompute`, to the bit, but saving all that `body` needs for backward."""
-    output: Tensor = _Recompute.apply(body, tiles, None, True, hidden, *parameters)  # type: ignore[no-untyped-call]
+    task = _Task(body, tiles, around, None, save_graphs=True)
+    output: Tensor = _Recompute.apply(task, hidden, *parameters)  # type: ignore[no-untyped-call]
     return output
+
+
+class _Task(NamedTuple):
+    """What is computed; save_graphs tells whether forward's graphs are saved, or its input."""
+
+    body: Any
+    tiles: Any
+    around: Around
+    store: HostStore | None
+    save_graphs: bool
 
 
 class _Graph(NamedTuple):
@@ -86,30 +108,20 @@ class _Graph(NamedTuple):
 
 
 class _Recompute(torch.autograd.Function):
-    """A body over tiles; save_graphs tells whether forward's graphs are saved, or its input."""
+    """A body over tiles as one node of the graph."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        body: Any,
-        tiles: Any,
-        store: Any,
-        save_graphs: bool,
-        hidden: Tensor,
-        *parameters: Tensor,
-    ) -> Tensor:
-        ctx.body = body
-        ctx.tiles = tiles
-        ctx.store = store
-        ctx.save_graphs = save_graphs
+    def forward(ctx: Any, task: _Task, hidden: Tensor, *parameters: Tensor) -> Tensor:
+        body, tiles, around, store, _ = ctx.task = task
         ctx.parameters = parameters
         output = torch.empty_like(hidden)
 
-        if save_graphs:
+        if task.save_graphs:
             ctx.graphs = []
-            for tile in tiles:
-                output[tile.rows], graph = _forward_with_graph(body, hidden, tile)
-                ctx.graphs.append(graph)
+            with around():
+                for tile in tiles:
+                    output[tile.rows], graph = _forward_with_graph(body, hidden, tile)
+                    ctx.graphs.append(graph)
             return output
 
         if store is None:
@@ -117,10 +129,11 @@ class _Recompute(torch.autograd.Function):
         else:
             ctx.place = store.put(hidden)
 
-        for tile in tiles:
-            # graph_only in forward: the pieces of a tile that is itself being recomputed.
-            if not tile.graph_only:
-                output[tile.rows] = body(hidden[tile.rows], tile)
+        with around():
+            for tile in tiles:
+                # graph_only in forward: the pieces of a tile that is itself being recomputed.
+                if not tile.graph_only:
+                    output[tile.rows] = body(hidden[tile.rows], tile)
 
         if store is not None:
             # Whoever called may free hidden next, so its copy to host memory must be done by then.
@@ -130,37 +143,39 @@ class _Recompute(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        task: _Task = ctx.task
         hidden: Any = None  # not needed where graphs are saved: each has its part as its input
-        if ctx.store is not None:
-            hidden = ctx.store.take(ctx.place, like=grad_output)
-        elif not ctx.save_graphs:
+        if task.store is not None:
+            hidden = task.store.take(ctx.place, like=grad_output)
+        elif not task.save_graphs:
             (hidden,) = ctx.saved_tensors
 
         grad_hidden = torch.empty_like(grad_output)
         sums: list[Tensor] = []
-        for tile in ctx.tiles:
-            if ctx.save_graphs:
-                # Taken off the list, so that hidden is free when its last tile is done.
-                graph = ctx.graphs.pop(0)
-            else:
-                # The output is dropped at once, before memory is needed for the gradients.
-                for_graph = replace(tile, graph_only=True)
-                graph = _forward_with_graph(ctx.body, hidden, for_graph)[1]
+        with task.around():
+            for tile in task.tiles:
+                if task.save_graphs:
+                    # Taken off the list, so that hidden is free when its last tile is done.
+                    graph = ctx.graphs.pop(0)
+                else:
+                    # The output is dropped at once, before memory is needed for the gradients.
+                    for_graph = replace(tile, graph_only=True)
+                    graph = _forward_with_graph(task.body, hidden, for_graph)[1]
 
-            inputs = (graph.input, *ctx.parameters)
-            grad_input, *grads = torch.autograd.grad(graph.end, inputs, grad_output[tile.rows])
+                inputs = (graph.input, *ctx.parameters)
+                grad_input, *grads = torch.autograd.grad(graph.end, inputs, grad_output[tile.rows])
 
-            grad_hidden[tile.rows] = grad_input
-            # Sums in fp32: in bf16 a long sum loses what is small beside it, 256 + 1 is 256.
-            if not sums:
-                sums = [grad.float() for grad in grads]
-            else:
-                torch._foreach_add_(sums, [grad.float() for grad in grads])
+                grad_hidden[tile.rows] = grad_input
+                # Sums in fp32: in bf16 a long sum loses what is small beside it, 256 + 1 is 256.
+                if not sums:
+                    sums = [grad.float() for grad in grads]
+                else:
+                    torch._foreach_add_(sums, [grad.float() for grad in grads])
 
         in_their_dtype = [
             grad.to(parameter.dtype) for grad, parameter in zip(sums, ctx.parameters, strict=True)
         ]
-        return None, None, None, None, grad_hidden, *in_their_dtype
+        return None, grad_hidden, *in_their_dtype
 
 
 def _forward_with_graph(body: Any, hidden: Tensor, tile: Any) -> tuple[Tensor, _Graph]:

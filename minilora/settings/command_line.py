@@ -16,6 +16,7 @@ from minilora.settings.errors import RequestError
 from minilora.settings.fields import BOOLEANS, kind_of, typed
 from minilora.settings.foreign_keys import (
     ALIASES,
+    EXPLAINED,
     IGNORED,
     IGNORED_PREFIXES,
     OFF,
@@ -212,10 +213,13 @@ def _without_foreign_keys(
             refusal = REFUSED[key]
             if not asks_for_nothing(value.raw, refusal.harmless):
                 problems.append(f"{where}: {value.raw!r} is not supported: {refusal.remedy}")
+        elif key in EXPLAINED:
+            if not asks_for_nothing(value.raw, OFF):
+                notices.append(f"{key} means nothing here: {EXPLAINED[key]}")
         elif key in IGNORED or key.startswith(IGNORED_PREFIXES):
             ignored.append(key)
         else:
-            known = [*names, "neat_packing", *ALIASES, *REFUSED, *IGNORED]
+            known = [*names, "neat_packing", *ALIASES, *REFUSED, *IGNORED, *EXPLAINED]
             close = difflib.get_close_matches(key, known, n=1)
             hint = f"did you mean {close[0]}?" if close else "--help lists every key"
             problems.append(f"{where} is not a known key: {hint}")

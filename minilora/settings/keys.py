@@ -31,6 +31,9 @@ class ModelSettings:
     disable_gradient_checkpointing: bool = setting(
         False, "Keep the activations of all blocks instead of recomputing them. This is faster and "
         "takes far more memory.")
+    quantization_bit: int | None = setting(
+        None, "4: hold the frozen weights of the blocks' linear layers in 4 bits (QLoRA's NF4), "
+        "packed while they are read. Default: in bf16.")
 
 
 @dataclass(frozen=True)

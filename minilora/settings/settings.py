@@ -55,6 +55,7 @@ class Settings:
 
         # Contradictions are looked for between sound values only.
         problems = [*self._data_problems(), *self._memory_problems()]
+        problems += self._quantization_problems()
         problems += [*self._validation_problems(), *self._best_model_problems()]
         if problems:
             raise ContradictionError(problems)
@@ -129,6 +130,15 @@ class Settings:
             yield (
                 f"{self.name_of('disable_gradient_checkpointing')} keeps every block; remove "
                 f"{self.name_of('keep_blocks')}"
+            )
+
+    def _quantization_problems(self) -> Iterator[str]:
+        """Other numbers of bits than the one that there is."""
+        bits = self.model.quantization_bit
+        if bits not in (None, 4):
+            yield (
+                f"{self.name_of('quantization_bit')}: {bits} is not supported: 4 is, or remove the "
+                "key, and the frozen weights stay in bf16, split over the GPUs"
             )
 
     def _validation_problems(self) -> Iterator[str]:

@@ -92,7 +92,7 @@ def check(settings: Settings) -> CheckedRequest:
 
     # The base model. What depends on its shape is checked only where config.json can be read.
     with _collecting(problems):
-        config = read_model_config(settings.base)
+        config = read_model_config(settings.base, settings.model.quantization_bit)
         checkpoint = read_checkpoint(config)
     if config is not None:
         with _collecting(problems):

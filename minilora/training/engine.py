@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from minilora.data.steps import Span
 from minilora.files.deepspeed_file import zero_stage
-from minilora.files.weights import Checkpoint, TensorPart, read_parts
+from minilora.files.tensor_parts import TensorPart
+from minilora.files.weights import Checkpoint, read_parts
 from minilora.files.weights_digest import WeightsDigest, added
 from minilora.model.build import NewAdapter, build_model
 from minilora.model.llama import Block, Llama
@@ -253,7 +254,8 @@ class Engine:
         for path, layer in self.model.named_modules():
             if isinstance(layer, LoraLinear) and layer.lora_magnitude_vector is not None:
                 with deepspeed.zero.GatheredParameters([layer.weight], enabled=self.stage == 3):
-                    norms[f"{path}.{MAGNITUDE}"] = layer.weight.float().norm(dim=1)
+                    numbers = layer.matrix.numbers(self.dtype)
+                    norms[f"{path}.{MAGNITUDE}"] = numbers.float().norm(dim=1)
         return norms
 
     def _optimizer(self, train: TrainSettings) -> torch.optim.AdamW:

@@ -174,7 +174,8 @@ def finish(job: Job, best: Best) -> None:
             job.log.message(f"best: step {best.step}, with {metric} {best.value:.6g}")
 
         check_learned(adapter)
-        write_adapter(output, adapter, job.lora, job.base)
+        bits = job.settings.model.quantization_bit
+        write_adapter(output, adapter, job.lora, job.base, bits)
         check_adapter(output, adapter)
 
     job.on_rank0(write)

@@ -224,5 +224,7 @@ def facts(
         f"{request.lora}: {request.lora.size(checkpoint.shape):,} parameters; "
         f"{schedule.total_steps} optimizer steps of {schedule.rows_per_step} rows"
     )
+    if checkpoint.shape.packed:
+        yield "the weights of the blocks' linear layers are held in 4 bits (NF4)"
     others = ", the others recompute them" if keep_blocks < layers else ""
     yield f"{keep_blocks} of {layers} blocks keep their activations{others}"

@@ -52,6 +52,7 @@ def known_before_loading(
         DATA: documents.fingerprint(),
         LORA: asdict(lora),
         "packing": settings.packs,
+        "quantization_bit": settings.model.quantization_bit,
         **{key: getattr(settings.train, key) for key in UNCHANGING},
     }
 

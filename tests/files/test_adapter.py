@@ -22,7 +22,8 @@ from minilora.files.adapter import (
 )
 from minilora.files.adapter_config import CONFIG, read_adapter_shape
 from minilora.files.model_config import read_model_config
-from minilora.files.weights import TensorPart, read_checkpoint, read_parts
+from minilora.files.tensor_parts import TensorPart
+from minilora.files.weights import read_checkpoint, read_parts
 from minilora.model.llama import Llama
 from minilora.model.lora import inject, lora_parameters
 from minilora.model.lora_shape import LoraShape

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,17 +15,12 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
 from minilora.files.model_config import read_model_config
-from minilora.files.weights import (
-    INDEX,
-    SINGLE,
-    TensorPart,
-    check_tied_head,
-    read_checkpoint,
-    read_parts,
-)
-from minilora.generate import main as generate
-from minilora.merge import main as merge
+from minilora.files.tensor_parts import TensorPart, readings
+from minilora.files.weights import INDEX, SINGLE, read_checkpoint, read_parts
+from minilora.model.nf4 import PIECE, pack
+from minilora.model.nf4_shape import packed_columns
 from minilora.settings.errors import RequestError
+from minilora.tiny.checkpoint import write_tiny
 from tests.support.broken_weights import (
     BROKEN,
     NORM,
@@ -32,6 +29,7 @@ from tests.support.broken_weights import (
     shard_of,
     truncate,
 )
+from tests.support.processes import PACKABLE
 
 
 @pytest.fixture
@@ -58,6 +56,59 @@ def test_pieces_are_converted_to_the_dtype_of_their_destination(tiny: Path) -> N
     destination = torch.empty(32, dtype=torch.bfloat16)
     read_parts(checkpoint, [TensorPart(name, 0, destination)])
     assert torch.equal(destination, load_file(checkpoint.tensors[name].file)[name].bfloat16())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_any_range_of_packed_bytes_is_that_of_the_packed_matrix(tmp_path: Path, dtype: str) -> None:
+    """Rows that the range touches are read, and no other."""
+    write_tiny(tmp_path / "model", replace(PACKABLE, dtype=dtype))
+    checkpoint = read_checkpoint(read_model_config(tmp_path / "model"))
+    generator = torch.Generator().manual_seed(0)
+    for path in checkpoint.shape.linear_layers():
+        name = f"{path}.weight"
+        stored = checkpoint.tensors[name]
+        columns = stored.shape[1]
+        row_bytes = packed_columns(columns)
+        packed = pack(load_file(stored.file)[name]).view(-1)
+        ends = torch.randint(0, len(packed) + 1, (2,), generator=generator)
+        for start, stop in (sorted(ends.tolist()), (0, len(packed)), (row_bytes - 1, row_bytes)):
+            destination = torch.full((stop - start,), 7, dtype=torch.uint8)
+            count = read_parts(checkpoint, [TensorPart(name, start, destination)])
+            assert torch.equal(destination, packed[start:stop])
+            rows = -(-stop // row_bytes) - start // row_bytes
+            assert count == rows * columns * stored.dtype.itemsize
+
+
+def test_a_long_matrix_is_packed_a_few_rows_at_a_time() -> None:
+    destination = torch.empty(2**14 * packed_columns(1024) - 5, dtype=torch.uint8, device="meta")
+    found = list(readings(TensorPart("", 3, destination), columns=1024))
+    assert [reading.start for reading in found] == [0, PIECE, 2 * PIECE, 3 * PIECE]
+    assert {reading.elements for reading in found} == {PIECE}
+    assert [reading.skipped for reading in found] == [3, 0, 0, 0]
+    assert sum(len(reading.destination) for reading in found) == len(destination)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 7])
+def test_at_8b_a_rank_reads_its_share_and_little_more(ranks: int) -> None:
+    """Parts as DeepSpeed cuts them: equally long, the last ones shorter."""
+    config = read_model_config(Path("examples/llama-3.1-8b"), quantization_bit=4)
+    shapes = config.shape.parameter_shapes()
+    packed = {f"{path}.weight" for path in config.shape.linear_layers()}
+    total = sum(math.prod(shape) for shape in shapes.values())
+    read = [0] * ranks
+    for name, shape in config.shape.held_shapes().items():
+        dtype = torch.uint8 if name in packed else torch.bfloat16
+        whole = torch.empty(math.prod(shape), dtype=dtype, device="meta")
+        size = -(-len(whole) // ranks)
+        for rank in range(ranks):
+            part = TensorPart(name, rank * size, whole[rank * size : (rank + 1) * size])
+            read[rank] += sum(one.elements for one in readings(part, shapes[name][-1]))
+
+    assert max(read) <= 1.01 * total / ranks
+    # Of every packed matrix each cut but the outer two may be read twice: one row.
+    cut_rows = (ranks - 1) * sum(shapes[name][-1] for name in packed)
+    assert total <= sum(read) <= total + cut_rows
+    assert ranks in (1, 2) or sum(read) > total, "some cut lies inside a row"
 
 
 def test_a_single_file_without_an_index_is_read(tiny: Path, copy: Path) -> None:
@@ -106,21 +157,41 @@ def test_links_of_a_folder_are_followed(tiny: Path, copy: Path, tmp_path: Path) 
 
 @pytest.mark.slow
 def test_reading_needs_no_more_memory_than_the_part(tmp_path: Path) -> None:
-    """A process that reads a seventh of a 210 MB tensor grows by that seventh, 30 MB."""
+    """A process that reads a seventh of a 210 MB tensor grows by that seventh, 30 MB.
+
+    One that packs the whole tensor grows by what packing a piece of four million weights takes.
+    """
     script = f"""
-import json, resource, torch
+import dataclasses, torch
 from pathlib import Path
 from safetensors.torch import save_file
-from minilora.files.weights import Checkpoint, TensorPart, StoredTensor, read_parts
+from minilora.files.tensor_parts import TensorPart
+from minilora.files.weights import Checkpoint, StoredTensor, read_parts
+from minilora.model.nf4_shape import packed_columns
 path = Path({str(tmp_path)!r}) / "big.safetensors"
 stored = StoredTensor(path, 8 + int.from_bytes(path.open("rb").read(8), "little"),
                       (7500, 7000), torch.float32)
+def peak():  # in KiB, and from now on anew; getrusage would give that of the parent process
+    status = Path("/proc/self/status").read_text()
+    Path("/proc/self/clear_refs").write_text("5")
+    return int(status.split("VmHWM:")[1].split()[0])
 part = torch.zeros(7500 * 1000)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+peak()
+before = peak()
 checkpoint = Checkpoint(path.parent, None, {{"big": stored}})
 read_parts(checkpoint, [TensorPart("big", 7500 * 1000, part)])
 assert part[0] == 7500 * 1000 and part[-1] == 2 * 7500 * 1000 - 1
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+print(peak() - before)
+
+# The same numbers as a matrix that can be packed.
+packed = torch.zeros(8192 * packed_columns(6400), dtype=torch.uint8)
+stored = dataclasses.replace(stored, shape=(8192, 6400))
+checkpoint = Checkpoint(path.parent, None, {{"big": stored}})
+peak()
+before = peak()
+read_parts(checkpoint, [TensorPart("big", 0, packed)])
+assert packed[[0, 31, -1]].tolist() == [0x77, 0xFF, 0x4C]
+print(peak() - before)
 """
     # Up to 2**24 fp32 counts without a gap; the part read lies below that.
     save_file(
@@ -128,8 +199,9 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    grown = int(done.stdout) * 1024
-    assert grown < 1.3 * 7500 * 1000 * 4, f"{grown / 1e6} MB"
+    grown, packing = (int(line) * 1024 for line in done.stdout.split())
+    assert 0 < grown < 1.3 * 7500 * 1000 * 4, f"{grown / 1e6} MB"
+    assert 0 < packing < 100e6, f"{packing / 1e6} MB"
 
 
 @pytest.mark.parametrize("case", BROKEN, ids=str)
@@ -179,43 +251,13 @@ def test_weights_that_are_not_finite_are_refused(copy: Path, bad: float) -> None
         read_parts(checkpoint, [TensorPart(NORM, 0, torch.empty(32))])
 
 
-def test_a_tied_head_written_out_and_old_frequencies_are_no_surplus(
-    tiny_tied: Path, tmp_path: Path
-) -> None:
-    folder = Path(shutil.copytree(tiny_tied, tmp_path / "model"))
-    embedding = "model.embed_tokens.weight"
-    file = shard_of(folder, embedding)
-    tensors = load_file(file)
-    extra = {
-        "lm_head.weight": tensors[embedding].clone(),
-        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4),
-        "model.rotary_emb.inv_freq": torch.ones(4),
-    }
-    save_file({**tensors, **extra}, file)
-    edit_index(lambda index: index.update(dict.fromkeys(extra, file.name)))(folder)
-    checkpoint = read_checkpoint(read_model_config(folder))
-    assert "lm_head.weight" not in checkpoint.tensors
-    check_tied_head(checkpoint)
-
-
-@pytest.mark.parametrize("place", [0, -1])
-def test_a_tied_head_that_differs_is_refused(
-    tiny_tied: Path, tmp_path: Path, place: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Which of the two is right only its user knows; the embedding was taken in silence."""
-    folder = Path(shutil.copytree(tiny_tied, tmp_path / "model"))
-    embedding = "model.embed_tokens.weight"
-    file = shard_of(folder, embedding)
-    tensors = load_file(file)
-    head = tensors[embedding].clone()
-    head[place, place] += 1
-    save_file({**tensors, "lm_head.weight": head}, file)
-    edit_index(lambda index: index.update({"lm_head.weight": file.name}))(folder)
-
-    monkeypatch.setattr("minilora.files.weights.COMPARED", 1000)  # in several parts
-    with pytest.raises(RequestError, match="lm_head.weight differs from .*tie_word_embeddings"):
-        check_tied_head(read_checkpoint(read_model_config(folder)))
-    words = ["--model_name_or_path", str(folder)]
-    assert generate([*words, "--prompt", "x"]) == 2
-    adapter = ["--adapter_name_or_path", "none", "--export_dir", str(tmp_path / "out")]
-    assert merge([*words, *adapter]) == 2 and not (tmp_path / "out").exists()
+@pytest.mark.parametrize("bad", [float("nan"), 3.4e38])
+def test_packed_weights_that_are_not_finite_in_bf16_are_refused(tmp_path: Path, bad: float) -> None:
+    write_tiny(tmp_path / "model", PACKABLE)
+    name = "model.layers.1.mlp.up_proj.weight"
+    weight = torch.ones(128, 64)
+    weight[100, 5] = bad
+    replace_tensor(name, weight)(tmp_path / "model")
+    checkpoint = read_checkpoint(read_model_config(tmp_path / "model"))
+    with pytest.raises(RequestError, match=f"{name} holds NaN or infinite"):
+        read_parts(checkpoint, [TensorPart(name, 0, torch.empty(128 * 34, dtype=torch.uint8))])

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from minilora.model.linear import LoraPair, linear
+from minilora.model.matrix import Matrix
 
 
 def plain(x: Tensor, weight: Tensor, bias: Tensor | None, pair: LoraPair | None) -> Tensor:
@@ -36,9 +37,9 @@ def test_output_and_gradients_equal_autograds(kind: str, bias: bool, graph_only:
         made[name].requires_grad_()
     dropped = made["dropped"] if kind == "dropout" else None
     pair = None if kind == "frozen" else LoraPair(made["a"], made["b"], 1.7, dropped)
-    arguments = (made["x"], made["weight"], made["bias"] if bias else None, pair)
-    mine = linear(*arguments, graph_only)
-    expected = plain(*arguments)
+    x, weight, used_bias = made["x"], made["weight"], made["bias"] if bias else None
+    mine = linear(x, Matrix(weight), used_bias, pair, graph_only)
+    expected = plain(x, weight, used_bias, pair)
     if not graph_only:
         torch.testing.assert_close(mine, expected)
     grad = torch.randn_like(expected)
@@ -54,7 +55,8 @@ def test_an_input_without_gradient_costs_no_product_and_gets_none() -> None:
     made = inputs(torch.float64)
     made["a"].requires_grad_()
     made["b"].requires_grad_()
-    output = linear(made["x"], made["weight"], None, LoraPair(made["a"], made["b"], 2.0, None))
+    pair = LoraPair(made["a"], made["b"], 2.0, None)
+    output = linear(made["x"], Matrix(made["weight"]), None, pair)
     with FlopCounterMode(display=False) as counter:
         output.sum().backward()
     # Of 9 rows, with 5 outputs, 6 inputs and rank 3: B^T g, and the products with x and with A x.
@@ -69,9 +71,10 @@ def test_bf16_is_within_its_rounding_of_fp64() -> None:
     for group in (made, exact):
         for name in ("x", "a", "b"):
             group[name].requires_grad_()
+    mine, theirs = (LoraPair(group["a"], group["b"], 0.5, None) for group in (made, exact))
     outputs = [
-        function(g["x"], g["weight"], g["bias"], LoraPair(g["a"], g["b"], 0.5, None))
-        for function, g in ((linear, made), (plain, exact))
+        linear(made["x"], Matrix(made["weight"]), made["bias"], mine),
+        plain(exact["x"], exact["weight"], exact["bias"], theirs),
     ]
     torch.testing.assert_close(outputs[0].double(), outputs[1], rtol=2e-2, atol=6e-2)
     for output in outputs:

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from minilora.files.model_config import read_model_config
-from minilora.files.weights import TensorPart, read_checkpoint, read_parts
+from minilora.files.tensor_parts import TensorPart
+from minilora.files.weights import read_checkpoint, read_parts
 from minilora.model.llama import Llama
 from tests.support.models import ours, random_llama, tiles_of
 from tests.support.oracle import base_model

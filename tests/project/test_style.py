@@ -35,11 +35,12 @@ COMMANDS = 4
 HEART = """
 training/loop training/job training/milestones training/engine training/learning_rate
 model/attention model/dropout model/linear model/llama model/llama_shape model/lora model/loss
-model/nf4 model/nf4_shape model/offload model/recompute model/rope model/swiglu model/tiles
+model/matrix model/nf4 model/nf4_shape model/offload model/recompute model/rope model/swiglu
+model/tiles
 data/documents data/schedule data/steps
-files/weights
+files/tensor_parts files/weights
 """.split()
-HEART_LINES = 3200
+HEART_LINES = 3400
 KNOW_DEEPSPEED = {"minilora.training.engine", "minilora.training.deepspeed_internals"}
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef

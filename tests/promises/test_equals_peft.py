@@ -19,7 +19,21 @@ from minilora.data.schedule import Schedule
 from minilora.files.adapter import read_adapter, stored_name
 from minilora.files.model_config import read_model_config
 from minilora.settings.command_line import read_settings
-from tests.support.oracle import base_model, copy_lora, document_loss_sum, ours_to_peft, with_lora
+from tests.support.combinations import (
+    COMBINATIONS,
+    FAMILY_COMBINATIONS,
+    FOUR_BITS,
+    OTHER_COMBINATIONS,
+    OTHER_MODELS,
+)
+from tests.support.oracle import (
+    base_model,
+    copy_lora,
+    document_loss_sum,
+    in_four_bits,
+    ours_to_peft,
+    with_lora,
+)
 from tests.support.prepared import prepared_of
 from tests.support.runs import (
     ALPHA,
@@ -39,9 +53,6 @@ from tests.support.runs import (
 )
 
 GLOBAL_ROWS = 12
-# (ranks, per device batch, accumulation, ZeRO stage), all of 12 rows per optimizer step.
-COMBINATIONS = [(1, 12, 1, 0), (1, 3, 4, 3), (2, 2, 3, 3), (3, 2, 2, 3), (3, 1, 4, 2), (2, 6, 1, 1)]
-FAMILY_COMBINATIONS = [(1, 12, 1, 0), (1, 3, 4, 3), (3, 1, 4, 0), (3, 2, 2, 3)]
 MODELS = ("tiny", "tiny_tied")
 # A start adapter of runs.VARIANTS and other settings, by name.
 FAMILY: dict[str, tuple[str, dict[str, Any]]] = {
@@ -49,11 +60,6 @@ FAMILY: dict[str, tuple[str, dict[str, Any]]] = {
     "loraplus": ("dora", {"loraplus_lr_ratio": 8.0}),
 }
 FAMILY_STEPS = 5
-# Checkpoints of other families than Llama; of them ZeRO-0 and ZeRO-3 on 1, 2 and 3 ranks.
-OTHER_MODELS = ("qwen2", "qwen3", "mistral")
-OTHER_COMBINATIONS = [
-    (1, 12, 1, 0), (1, 3, 4, 3), (2, 6, 1, 0), (2, 2, 3, 3), (3, 4, 1, 0), (3, 2, 2, 3)
-]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -61,6 +67,11 @@ class Expected:
     losses: list[float]
     norms: list[float]
     adapter: dict[str, Tensor]
+
+
+def model_of_start(start: str) -> str:
+    """The checkpoint that a start adapter belongs to."""
+    return start if start in MODELS else "packable" if start.startswith("packable") else "tiny"
 
 
 @pytest.fixture(scope="session")
@@ -72,7 +83,7 @@ def expected(ground: Ground) -> Callable[[str, bool], Expected]:
         start, settings = FAMILY.get(name, (name, {}))
         job = ground.job(
             "oracle",
-            start if start in (*MODELS, *OTHER_MODELS) else "tiny",
+            model_of_start(start),
             packing=packing,
             per_device_train_batch_size=GLOBAL_ROWS,
             max_steps=FAMILY_STEPS if name in FAMILY else STEPS,
@@ -93,11 +104,16 @@ def peft_training(
     schedule: Schedule,
     loraplus_lr_ratio: float | None = None,
 ) -> Expected:
-    model, fields = ground.models.get(start, ground.models["tiny"]), VARIANTS.get(start, {})
+    model, fields = ground.models[model_of_start(start)], VARIANTS.get(start, {})
+    if start == "packable_dora":
+        fields = VARIANTS["dora"]
     shape = read_model_config(model).shape
     lora = variant_shape(shape, fields)
     more = {"modules_to_save": None, **fields, "targets": lora.targets}
-    peft = with_lora(base_model(model), RANK, ALPHA, **more)
+    base = base_model(model)
+    if start.startswith("packable"):
+        in_four_bits(base)
+    peft = with_lora(base, RANK, ALPHA, **more)
     shapes = lora.parameter_shapes(shape)
     copy_lora(read_adapter(ground.adapters[start], shapes).items(), peft)
     trained = [parameter for parameter in peft.parameters() if parameter.requires_grad]
@@ -175,6 +191,20 @@ def parity_jobs(ground: Ground, launch: Callable[..., tuple[int, str]]) -> dict[
             deepspeed=str(stage_file(ground.folder, stage)),
             keep_weights=(ranks, stage) == (3, 3),
         )
+    for name, (combination, start, packing, settings) in FOUR_BITS.items():
+        ranks, batch, accumulation, stage = combination
+        jobs[combination, name, packing] = ground.job(
+            f"four-bits-{name.replace(' ', '-').replace(',', '')}",
+            "packable",
+            adapter_name_or_path=str(ground.adapters[start]),
+            quantization_bit=4,
+            packing=packing,
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=accumulation,
+            deepspeed=str(stage_file(ground.folder, stage)),
+            keep_weights=True,
+            **settings,
+        )
     for ranks in (1, 2, 3):
         run_jobs(launch, ranks, [job for key, job in jobs.items() if key[0][0] == ranks])
     return jobs
@@ -234,3 +264,38 @@ def test_the_family_differs(expected: Callable[[str, bool], Expected]) -> None:
     """Otherwise the test above would compare one training with itself."""
     ends = [expected(name, False).losses[-1] for name in (*FAMILY, "tiny")]
     assert min(abs(a - b) for a, b in itertools.combinations(ends, 2)) > 1e-4
+
+
+def four_bits_job(name: str, jobs: dict[Any, Any]) -> tuple[dict[str, Any], str, bool]:
+    """A job of FOUR_BITS, its start adapter, and whether it packs documents."""
+    combination, start, packing, _ = FOUR_BITS[name]
+    return jobs[combination, name, packing], start, packing
+
+
+@pytest.mark.parametrize("name", [name for name in FOUR_BITS if name != "bf16"])
+def test_training_over_four_bits_equals_peft_over_the_unpacked_weights(
+    name: str, parity_jobs: dict[Any, Any], expected: Callable[[str, bool], Expected]
+) -> None:
+    job, start, packing = four_bits_job(name, parity_jobs)
+    check_run(job, expected(start, packing))
+    check_loading(job, FOUR_BITS[name][0][0], FOUR_BITS[name][0][3])
+
+
+def test_four_bits_in_bf16_are_within_its_rounding(
+    parity_jobs: dict[Any, Any], expected: Callable[[str, bool], Expected]
+) -> None:
+    job, start, packing = four_bits_job("bf16", parity_jobs)
+    exact = expected(start, packing)
+    assert log(job, "loss") == pytest.approx(exact.losses, rel=1e-2)
+    assert log(job, "loss") != pytest.approx(exact.losses, rel=1e-5)
+    assert log(job, "grad_norm") == pytest.approx(exact.norms, rel=5e-2)
+    check_loading(job, 2)
+
+
+def test_four_bits_differ(ground: Ground) -> None:
+    """Otherwise the tests above would hold of weights that are not packed, too."""
+    models = (base_model(ground.models["packable"]) for _ in range(2))
+    plain, packed = next(models), in_four_bits(next(models))
+    token_ids = torch.arange(40)[None]
+    with torch.no_grad():
+        assert (plain(token_ids).logits - packed(token_ids).logits).abs().max() > 0.1

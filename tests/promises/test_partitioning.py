@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,8 @@ def seven_ranks(ground: Ground, launch: Callable[..., tuple[int, str]]) -> Jobs:
         "keep_weights": True,
     }
     jobs = {"ragged": ground.job("seven", "tiny", **changes)}
+    packed = {**changes, "max_steps": 1, "num_train_epochs": 1, "quantization_bit": 4}
+    jobs["four bits"] = ground.job("seven-four-bits", "packable", **packed)
     run_jobs(launch, 7, list(jobs.values()))
     return jobs
 
@@ -68,10 +71,12 @@ def test_two_ranks_load_their_halves_bit_for_bit(two_ranks: Jobs) -> None:
     check_loading(two_ranks["accumulation 4"], 2)
     check_loading(two_ranks["tied"], 2)
     check_loading(two_ranks["bf16"], 2)
+    check_loading(two_ranks["four bits 4"], 2)
 
 
 def test_seven_ranks_load_their_sevenths_bit_for_bit(seven_ranks: Jobs) -> None:
     check_loading(seven_ranks["ragged"], 7)
+    check_loading(seven_ranks["four bits"], 7)
 
 
 @pytest.mark.parametrize("accumulation", [4, 8])
@@ -85,6 +90,30 @@ def test_an_optimizer_step_gathers_less_than_twice_the_model(
         first, *steady = (gathered / model_bytes for gathered in cost["gathered"])
         assert len(steady) == 2
         assert all(1.0 < ratio <= 1.9 for ratio in steady), (first, steady)
+
+
+def test_weights_in_four_bits_are_gathered_packed_whatever_the_accumulation(
+    two_ranks: Jobs,
+) -> None:
+    job = two_ranks["four bits 4"]
+    shape = read_model_config(Path(job["model_name_or_path"]), quantization_bit=4).shape
+    assert shape.held_bytes(4) < 0.6 * replace(shape, packed=False).held_bytes(4)
+    plain = costs(two_ranks["not packed"])
+    more = costs(two_ranks["four bits 8"])
+    for cost, unpacked, twice in zip(costs(job), plain, more, strict=True):
+        _, *steady = cost["gathered"]
+        assert all(1.0 < gathered / shape.held_bytes(4) <= 1.9 for gathered in steady)
+        assert steady == twice["gathered"][1:]
+        assert max(steady) < 0.7 * min(unpacked["gathered"])
+
+
+def test_a_new_adapter_over_four_bits_starts_where_its_base_is(two_ranks: Jobs) -> None:
+    """DoRA's magnitudes are the norms of the rows as they are unpacked."""
+    start = log(two_ranks["new four bits"], "loss")[0]
+    with_dora = log(two_ranks["new DoRA in four bits"], "loss")
+    assert with_dora[0] == pytest.approx(start, rel=1e-6)
+    assert with_dora[-1] != pytest.approx(log(two_ranks["new four bits"], "loss")[-1], rel=1e-4)
+    assert start != pytest.approx(log(two_ranks["not packed"], "loss")[0], rel=1e-3)
 
 
 @pytest.mark.parametrize("stage", range(4))

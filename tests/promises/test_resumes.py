@@ -58,8 +58,17 @@ def resumed(ground: Ground, launch: Callable[..., tuple[int, str]]) -> Jobs:
         snapshot = f"{jobs[name]['output_dir']}/checkpoint-2"
         jobs[f"{name}, on"] = {**job(ground, f"{name}-on", 3, **settings), "save_strategy": "no",
                                "resume_from_checkpoint": snapshot}  # fmt: skip
+    jobs["four bits"] = packed_job(ground, "four-bits", 3, per_device_train_batch_size=ROWS // 2)
     run_jobs(launch, 2, list(jobs.values()))
     return jobs
+
+
+def packed_job(ground: Ground, name: str, stage: int, **changes: Any) -> dict[str, Any]:
+    """Four steps over weights in 4 bits."""
+    settings = {"max_steps": 4, "save_steps": 1, "per_device_train_batch_size": ROWS,
+                "deepspeed": str(stage_file(ground.folder, stage)), "quantization_bit": 4,
+                **changes}  # fmt: skip
+    return ground.job(name, "packable", **settings)
 
 
 @pytest.mark.parametrize("name", ["continued", "new"])
@@ -99,8 +108,11 @@ def test_snapshots_are_adapters_and_small(resumed: Jobs) -> None:
 
 
 @pytest.fixture(scope="session")
-def travelled(ground: Ground, launch: Callable[..., tuple[int, str]]) -> Jobs:
-    """12 steps on 1 rank without ZeRO, and the same over 3, 2, 1 and again 3 ranks."""
+def travelled(ground: Ground, launch: Callable[..., tuple[int, str]], resumed: Jobs) -> Jobs:
+    """12 steps on 1 rank without ZeRO, and the same over 3, 2, 1 and again 3 ranks.
+
+    Over weights in 4 bits: from a snapshot of 2 ranks with ZeRO-3 on 1 rank without.
+    """
     jobs: Jobs = {"whole": job(ground, "stay", 0, save_strategy="no")}
     legs = [(3, 3, 3), (2, 2, 6), (1, 0, 9), (3, 3, 12)]  # ranks, stage, up to which step
     for ranks, stage, until in legs:
@@ -108,7 +120,15 @@ def travelled(ground: Ground, launch: Callable[..., tuple[int, str]]) -> Jobs:
         jobs[until] = job(ground, "travel", stage, **settings)
         if until < STEPS:
             jobs[until]["stop_after"] = 3
-    run_jobs(launch, 1, [jobs["whole"]])
+    jobs["four bits, on"] = packed_job(
+        ground,
+        "four-bits-on",
+        0,
+        save_strategy="no",
+        resume_from_checkpoint=f"{resumed['four bits']['output_dir']}/checkpoint-2",
+    )
+    jobs["four bits, whole"] = packed_job(ground, "four-bits-whole", 0, save_strategy="no")
+    run_jobs(launch, 1, [jobs["whole"], jobs["four bits, on"], jobs["four bits, whole"]])
     for ranks, _, until in legs:
         run_jobs(launch, ranks, [jobs[until]])
     return jobs
@@ -121,6 +141,34 @@ def test_ranks_and_stages_may_change_on_the_way(travelled: Jobs) -> None:
     assert log(travel, "grad_norm") == pytest.approx(log(whole, "grad_norm"), rel=1e-4)
 
 
+def test_a_run_over_four_bits_moves_from_two_ranks_to_one(resumed: Jobs, travelled: Jobs) -> None:
+    two, one = resumed["four bits"], travelled["four bits, on"]
+    assert log(one, "loss") == pytest.approx(log(two, "loss")[2:], rel=1e-5)
+    assert log(one, "grad_norm") == pytest.approx(log(two, "grad_norm")[2:], rel=1e-4)
+    for name, tensor in adapter(two).items():
+        torch.testing.assert_close(adapter(one)[name], tensor, rtol=1e-4, atol=1e-6)
+
+
+def test_kill_9_of_a_run_over_four_bits_loses_nothing(ground: Ground, travelled: Jobs) -> None:
+    killed = packed_job(ground, "four-bits-killed", 0, resume_from_checkpoint="true")
+    lines = run_and_kill(ground, killed, 2)
+    assert [line["code"] for line in lines] == [-signal.SIGKILL] * 2 + [0]
+    whole = travelled["four bits, whole"]
+    assert log(killed, "loss") == log(whole, "loss")
+    for name, tensor in adapter(whole).items():
+        assert torch.equal(adapter(killed)[name], tensor), name
+
+
+def run_and_kill(ground: Ground, settings: dict[str, Any], kills: int) -> list[dict[str, Any]]:
+    """Kill a run so many times, each time at another moment; returns a line for each attempt."""
+    listed = ground.folder / f"kills-{Path(settings['output_dir']).name}.json"
+    listed.write_text(json.dumps(settings), encoding="utf-8")
+    words = [sys.executable, str(KILLS), str(listed), str(kills), "5"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines() if line[0] == "{"]
+
+
 def test_kill_9_at_any_moment_loses_nothing(ground: Ground) -> None:
     """MINILORA_KILLS says how many; the documentation's figure is from 20."""
     kills = int(os.environ.get("MINILORA_KILLS", "6"))
@@ -130,12 +178,7 @@ def test_kill_9_at_any_moment_loses_nothing(ground: Ground) -> None:
     whole = {**settings, "output_dir": str(ground.folder / "not-killed")}
     lines = {}
     for name, run, count in (("whole", whole, 0), ("killed", settings, kills)):
-        listed = ground.folder / f"kills-{name}.json"
-        listed.write_text(json.dumps(run), encoding="utf-8")
-        words = [sys.executable, str(KILLS), str(listed), str(count), "5"]
-        done = subprocess.run(words, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
-        lines[name] = [json.loads(line) for line in done.stdout.splitlines() if line[0] == "{"]
+        lines[name] = run_and_kill(ground, run, count)
     assert [line["code"] for line in lines["whole"]] == [0]
     codes = [line["code"] for line in lines["killed"]]
     assert codes == [-signal.SIGKILL] * kills + [0]

@@ -143,7 +143,7 @@ def test_everything_is_reported_at_once(tmp_path: Path) -> None:
     found = problems_of(
         tmp_path,
         "lora_rank: 0\nlora_rnak: 8\nfull_determinism: true\nlora_rank: 0\n"
-        "quantization_bit: 4\nbf16: x\n",
+        "quantization_type: fp4\nbf16: x\n",
         *("--learning_rate", "0", "stray", "--seed"),
     )
     expected = [
@@ -152,7 +152,7 @@ def test_everything_is_reported_at_once(tmp_path: Path) -> None:
         f"lora_rank ({path}:4) stands already at {path}:1",
         f"lora_rnak ({path}:2) is not a known key",
         f"full_determinism ({path}:3): 'true' is not supported",
-        f"quantization_bit ({path}:5): '4' is not supported",
+        f"quantization_type ({path}:5): 'fp4' is not supported",
         f"bf16 ({path}:6): 'x' is not true or false",
         f"lora_rank ({path}:4): 0 must be at least 1",
         "learning_rate (command line): 0.0 must be above 0",

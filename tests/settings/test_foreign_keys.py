@@ -8,7 +8,13 @@ from pathlib import Path
 import pytest
 from transformers import Seq2SeqTrainingArguments
 
-from minilora.settings.foreign_keys import ALIASES, IGNORED, IGNORED_PREFIXES, REFUSED
+from minilora.settings.foreign_keys import (
+    ALIASES,
+    EXPLAINED,
+    IGNORED,
+    IGNORED_PREFIXES,
+    REFUSED,
+)
 from minilora.settings.keys import all_settings
 from tests.support.settings_files import (
     NEEDED,
@@ -21,7 +27,10 @@ from tests.support.settings_files import (
 
 # One line of YAML -> what the message must say besides the key and its line.
 REFUSED_VALUES = {
-    "quantization_bit: 4": "'4' is not supported: remove it; the frozen weights stay bf16",
+    "quantization_type: fp4": "'fp4' is not supported: use nf4, the only kind of 4 bits here",
+    "quantization_method: hqq": "'hqq' is not supported: use bnb with quantization_bit: 4",
+    "quantization_method: eetq": "'eetq' is not supported: use bnb with quantization_bit: 4",
+    "quantization_method: gptq": "'gptq' is not supported: use bnb with quantization_bit: 4",
     "finetuning_type: full": "'full' is not supported: set it to lora",
     "finetuning_type: freeze": "'freeze' is not supported: set it to lora",
     "do_train: false": "'false' is not supported: set it to true",
@@ -79,7 +88,7 @@ def test_refused_keys_have_harmless_values(tmp_path: Path, key: str) -> None:
 
 def test_no_key_has_two_fates() -> None:
     settings = {item.name for _, item in all_settings()}
-    groups = [settings, set(REFUSED), set(IGNORED), set(ALIASES)]
+    groups = [settings, set(REFUSED), set(IGNORED), set(ALIASES), set(EXPLAINED)]
     assert len(set().union(*groups)) == sum(len(group) for group in groups)
 
 
@@ -114,7 +123,13 @@ def test_notices_for_what_is_taken_otherwise(tmp_path: Path) -> None:
 
 def test_every_key_of_the_hf_trainer_has_a_fate() -> None:
     """A key that a new release of transformers brings shows here."""
-    known = {item.name for _, item in all_settings()} | REFUSED.keys() | IGNORED | ALIASES.keys()
+    known = (
+        {item.name for _, item in all_settings()}
+        | REFUSED.keys()
+        | IGNORED
+        | ALIASES.keys()
+        | EXPLAINED.keys()
+    )
     theirs = {item.name for item in dataclasses.fields(Seq2SeqTrainingArguments) if item.init}
     strangers = {key for key in theirs - known if not key.startswith(IGNORED_PREFIXES)}
     assert strangers == {"local_rank"}  # launchers add it, and read_settings takes it off
@@ -178,11 +193,11 @@ EXAMPLES = {
     "loraplus": f"{PLAIN}loraplus_lr_ratio: 16.0\n",
     "warm-up as a share": PLAIN.replace("warmup_ratio", "warmup_steps"),
     "kernels": f"{PLAIN}flash_attn: fa2\nuse_v1_kernels: true\nenable_liger_kernel: true\n",
+    "qlora (bnb)": f"{PLAIN}quantization_bit: 4\nquantization_method: bnb\n",
     "sft, swanlab and hub left off": f"{PLAIN}use_swanlab: false\npush_to_hub: false\n",
 }
 # Those that ask for something else, with the key that is refused.
 ASKING = {
-    "qlora (bnb)": (f"{PLAIN}quantization_bit: 4\n", "quantization_bit"),
     "preprocess": (f"{PLAIN}tokenized_path: saves/dataset/sft\n", "tokenized_path"),
     "pissa": (f"{PLAIN}pissa_init: true\npissa_iter: 16\npissa_convert: true\n", "pissa_init"),
     "badam": (f"{PLAIN}use_badam: true\nbadam_mode: layer\n", "use_badam"),
@@ -207,3 +222,15 @@ def test_llama_factorys_examples_that_ask_for_more_are_refused_by_that_key(
     text, key = ASKING[name]
     (problem,) = problems_of(tmp_path, text)
     assert problem.startswith(f"{key} (")
+
+
+def test_four_bits_as_llama_factory_asks_for_them(tmp_path: Path) -> None:
+    for method in ("bnb", "bitsandbytes"):
+        text = f"quantization_bit: 4\nquantization_type: nf4\nquantization_method: {method}\n"
+        settings = read(tmp_path, f"{NEEDED}{text}double_quantization: true\n")
+        assert settings.model.quantization_bit == 4
+        assert settings.notices == (
+            "double_quantization means nothing here: the scales of 4-bit weights stay exact, at "
+            "0.12 bit more for a weight",
+        )
+    assert read(tmp_path, f"{NEEDED}double_quantization: false\n").notices == ()

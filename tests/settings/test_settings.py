@@ -14,6 +14,8 @@ from tests.support.settings_files import NEEDED, check_argument, check_line_of_a
 # One line of YAML -> what the message must say besides the key and its line.
 CONTRADICTIONS = {
     "lora_target: all,q_proj": "give all alone, or only names",
+    "quantization_bit: 8": "8 is not supported: 4 is, or remove the key",
+    "quantization_bit: 3": "3 is not supported: 4 is, or remove the key",
     "gather_tokens: 100": "100 is less than tile_tokens 2048; raise it or lower tile_tokens",
 }
 

@@ -12,6 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from minilora.model.nf4 import pack, unpack
 from minilora.settings.command_line import read_settings
 from tests.support.prepared import prepared_of
 
@@ -21,6 +22,15 @@ TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 def base_model(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     """The checkpoint as transformers loads it, with eager attention in one document."""
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
+
+
+def in_four_bits(model: Any) -> Any:
+    """The model with the numbers that its blocks' linear layers have in 4 bits."""
+    for layer in model.model.layers:
+        for module in layer.modules():
+            if isinstance(module, torch.nn.Linear):
+                module.weight.data = unpack(pack(module.weight.data), module.weight.dtype)
+    return model
 
 
 def with_lora(

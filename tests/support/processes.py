@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 
 from minilora.processes.ports import free_port
 from minilora.tiny.checkpoint import TinyShape
@@ -13,6 +14,8 @@ SMALL = TinyShape(
 )
 
 
+# The smallest whose weights can be packed to 4 bits: every row is of whole blocks of 64.
+PACKABLE = replace(SMALL, hidden=64, intermediate=128, head_dim=16, shard_bytes=200_000)
 # How long a process that hangs is waited for, however busy the machine is.
 HANGING_SECONDS = 1800
 

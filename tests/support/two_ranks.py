@@ -60,6 +60,33 @@ def two_rank_jobs(ground: Ground) -> dict[str, dict[str, Any]]:
         "adapter_name_or_path": str(ground.adapters["tiny_tied"]),
         "output_dir": str(ground.folder / "two-tied"),
     }
+    packed = {
+        "model_name_or_path": str(ground.models["packable"]),
+        "adapter_name_or_path": str(ground.adapters["packable"]),
+        "quantization_bit": 4,
+    }
+    for accumulation in (4, 8):
+        jobs[f"four bits {accumulation}"] = {
+            **jobs[f"accumulation {accumulation}"],
+            **packed,
+            "output_dir": str(ground.folder / f"two-four-bits-{accumulation}"),
+        }
+    jobs["not packed"] = {
+        **jobs["four bits 4"],
+        "output_dir": str(ground.folder / "two-not-packed"),
+    }
+    del jobs["not packed"]["quantization_bit"]
+    jobs["new four bits"] = {
+        **jobs["four bits 4"],
+        "adapter_name_or_path": "null",
+        "output_dir": str(ground.folder / "two-new-four-bits"),
+    }
+    jobs["new DoRA in four bits"] = {
+        **jobs["new four bits"],
+        "use_dora": True,
+        "additional_target": "lm_head,embed_tokens",
+        "output_dir": str(ground.folder / "two-new-dora-four-bits"),
+    }
     monitored = json.loads(Path(zero3).read_text(encoding="utf-8"))
     monitored["csv_monitor"] = {"enabled": True, "output_path": str(ground.folder), "job_name": "m"}
     (ground.folder / "monitored.json").write_text(json.dumps(monitored), encoding="utf-8")

@@ -15,7 +15,8 @@ import torch
 from minilora.data.tokenizer_files import read_tokenizer_files
 from minilora.files.adapter import write_adapter
 from minilora.files.model_config import read_model_config
-from minilora.files.weights import INDEX, TensorPart, read_parts
+from minilora.files.tensor_parts import TensorPart
+from minilora.files.weights import INDEX, read_parts
 from minilora.model.lora_shape import LoraShape
 from minilora.settings.command_line import read_settings
 from minilora.settings.errors import RequestError
