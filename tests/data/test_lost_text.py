@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from minilora.data.chat import (
+    Template,
     make_template,
 )
 from minilora.data.conversations import Conversation, Turn

@@ -23,6 +23,7 @@ from tests.support.combinations import (
     COMBINATIONS,
     FAMILY_COMBINATIONS,
     FOUR_BITS,
+    MODELS,
     OTHER_COMBINATIONS,
     OTHER_MODELS,
 )
@@ -53,7 +54,6 @@ from tests.support.runs import (
 )
 
 GLOBAL_ROWS = 12
-MODELS = ("tiny", "tiny_tied")
 # A start adapter of runs.VARIANTS and other settings, by name.
 FAMILY: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: (name, {}) for name in VARIANTS},
