@@ -22,6 +22,7 @@ from minilora.settings.command_line import read_settings
 from tests.support.combinations import (
     COMBINATIONS,
     FAMILY_COMBINATIONS,
+    FAMILY_STEPS,
     FOUR_BITS,
     MODELS,
     OTHER_COMBINATIONS,
@@ -59,7 +60,6 @@ FAMILY: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: (name, {}) for name in VARIANTS},
     "loraplus": ("dora", {"loraplus_lr_ratio": 8.0}),
 }
-FAMILY_STEPS = 5
 
 
 @dataclass(frozen=True)

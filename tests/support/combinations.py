@@ -6,6 +6,7 @@ from typing import Any
 
 # (ranks, per device batch, accumulation, ZeRO stage), all of 12 rows per optimizer step.
 COMBINATIONS = [(1, 12, 1, 0), (1, 3, 4, 3), (2, 2, 3, 3), (3, 2, 2, 3), (3, 1, 4, 2), (2, 6, 1, 1)]
+FAMILY_STEPS = 5
 FAMILY_COMBINATIONS = [(1, 12, 1, 0), (1, 3, 4, 3), (3, 1, 4, 0), (3, 2, 2, 3)]
 MODELS = ("tiny", "tiny_tied")
 # Checkpoints of other families than Llama; of them ZeRO-0 and ZeRO-3 on 1, 2 and 3 ranks.
