@@ -34,10 +34,10 @@ def test_a_warm_up_of_the_only_step_is_refused(train: dict[str, Any], key: str) 
     check_rates(settings(**train), 1, 1)  # nothing is left at all
 
 
-def start(step: int, **best: Any) -> StartingPoint:
+def start(done: int, **best: Any) -> StartingPoint:
     found = Best(criterion=["eval_loss", False, "digest"], **best)
-    state = State(step, 10 * step, {}, {}, {}, asdict(found))
-    return StartingPoint(Path(f"out/checkpoint-{step}"), state, {}, [])
+    state = State(done, 10 * done, {}, {}, {}, asdict(found))
+    return StartingPoint(Path(f"out/checkpoint-{done}"), state, {}, [])
 
 
 def test_what_is_left_after_a_snapshot() -> None:
