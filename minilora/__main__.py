@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import runpy
+import os
 import sys
 
 from minilora import __version__
@@ -35,11 +35,9 @@ def main() -> int:
         print(f"error: {word!r} is no command", usage(), sep="\n", file=sys.stderr)
         return 2
 
-    # Exactly what `python -m` does with the module, so that both ways are one.
+    # This process becomes `python -m MODULE`, so that both ways are one.
     module, _ = COMMANDS[word]
-    del sys.argv[1]
-    runpy.run_module(module, run_name="__main__", alter_sys=True)
-    return 0
+    os.execv(sys.executable, [sys.executable, "-m", module, *sys.argv[2:]])
 
 
 def usage() -> str:

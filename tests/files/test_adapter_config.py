@@ -104,7 +104,7 @@ def test_what_peft_makes_of_the_config_is_what_is_read(
 
 def test_biases_that_a_model_has_are_not_read(tiny: Path, tmp_path: Path) -> None:
     write(tmp_path, PLAIN, bias="lora_only")
-    shape = replace(read_model_config(tiny).shape, attention_bias=True)
+    shape = replace(read_model_config(tiny).shape, biased=("q_proj",))
     with pytest.raises(RequestError, match="bias = 'lora_only': trained biases are not read"):
         read_adapter_shape(tmp_path, shape, 0.0)
 

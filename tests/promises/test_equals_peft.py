@@ -55,8 +55,7 @@ from tests.support.runs import (
 )
 
 GLOBAL_ROWS = 12
-# A start adapter of runs.VARIANTS and other settings, by name.
-FAMILY: dict[str, tuple[str, dict[str, Any]]] = {
+FAMILY: dict[str, tuple[str, dict[str, Any]]] = {  # by name: a start adapter, other settings
     **{name: (name, {}) for name in VARIANTS},
     "loraplus": ("dora", {"loraplus_lr_ratio": 8.0}),
 }

@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from minilora.files.adapter import WEIGHTS, read_adapter, read_adapter_base, write_adapter
+from minilora.data.tokenizer_files import read_tokenizer_files
+from minilora.files.adapter import WEIGHTS, read_adapter, write_adapter
 from minilora.files.adapter_config import read_adapter_shape
 from minilora.files.model_config import read_model_config
 from minilora.files.weights import read_checkpoint
@@ -64,7 +65,7 @@ def test_an_adapter_of_pefts_gives_the_same_logits_and_is_written_back(
     shape = read_model_config(base).shape
     lora = read_adapter_shape(adapter, shape, 0.0)
     tensors = read_adapter(adapter, lora.parameter_shapes(shape))
-    write_adapter(tmp_path / "again", tensors, lora, read_adapter_base(base))
+    write_adapter(tmp_path / "again", tensors, lora, read_tokenizer_files(base))
     old, new = load_file(adapter / WEIGHTS), load_file(tmp_path / "again" / WEIGHTS)
     assert old.keys() == new.keys() and all(torch.equal(old[name], new[name]) for name in old)
     again = logits(PeftModel.from_pretrained(model_of(base), tmp_path / "again"))

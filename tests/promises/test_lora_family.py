@@ -146,9 +146,10 @@ def test_an_adapter_of_pefts_gives_the_same_logits_and_is_written_back(
     write_adapter(tmp_path / "again", tensors, lora, read_tokenizer_files(tiny))
     old, new = load_file(written / WEIGHTS), load_file(tmp_path / "again" / WEIGHTS)
     assert old.keys() == new.keys() and all(torch.equal(old[name], new[name]) for name in old)
-    assert read_adapter_shape(tmp_path / "again", shape, 0.0) == lora
-    again = logits(PeftModel.from_pretrained(model_of(tiny), tmp_path / "again"))
-    assert torch.equal(again, expected)
+    again = read_adapter_shape(tmp_path / "again", shape, 0.0)
+    assert again.layers(shape) == lora.layers(shape), "a pattern is written as the list it means"
+    in_peft = logits(PeftModel.from_pretrained(model_of(tiny), tmp_path / "again"))
+    assert torch.equal(in_peft, expected)
 
 
 def test_the_merged_model_computes_what_the_adapter_does(

@@ -182,7 +182,7 @@ ADAPTER: dict[str, tuple[Break, list[str]]] = {
     "quantized": (adapter(use_qalora=True), ["use_qalora = True is not read here"]),
     "PiSSA": (adapter(init_lora_weights="pissa"), ["convert the adapter to plain LoRA"]),
     "more layers": (adapter(target_modules=["q_proj", "v_proj", "k_proj"]), ["k_proj.lora_A"]),
-    "a pattern": (adapter(target_modules="all-linear"), ["'all-linear' matches the whole path of"]),
+    "a pattern": (adapter(target_modules="no_such"), ["'no_such' matches the whole path of"]),
     "contradicts DoRA": (both(adapter(), ask(use_dora=True)), ["True contradicts the False of"]),
     "idle pattern": (ask(rank_pattern='{"k_proj": 4}', lora_target="q_proj"),
                      ["rank_pattern: 'k_proj' matches the end of no path of lora_target"]),
