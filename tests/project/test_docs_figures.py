@@ -127,7 +127,7 @@ def test_figures_are_those_of_the_tests_and_settings() -> None:
     for path in (*READMES, *PROMISES):
         text = text_of(path)
         assert " 1.9 " in text and "ratio <= 1.9 " in partitioning
-        assert "1/N + 1 %" in text and "<= 1.01 * total / ranks" in runs
+        assert "1/N + 1 %" in text and "<= 1.01 * total / parts" in runs
     for path in READMES:
         text = text_of(path)
         assert "| 60/60 [" in text and "max_steps: 60\n" in demo
