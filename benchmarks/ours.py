@@ -184,7 +184,7 @@ def _like(turns: Turns) -> Tensor:
     return torch.empty(0, device=turns.order.device)
 
 
-def fill(checkpoint: Checkpoint, pieces: Iterable[TensorPart]) -> int:
+def fill(checkpoint: Checkpoint, pieces: Iterable[TensorPart], digest: object = None) -> int:
     """Take the place of read_pieces: each destination gets its part of the weight of that name."""
     shapes = checkpoint.shape.parameter_shapes()
     total = 0

@@ -85,7 +85,6 @@ def test_a_plain_adapter_is_exported_as_it_is(tiny: Path, tmp_path: Path) -> Non
     [
         ({"use_dora": True}, "lora_magnitude_vector is missing"),
         ({"modules_to_save": ["lm_head"]}, "base_model.model.lm_head.weight is missing"),
-        ({"bias": "all"}, "bias = 'all': trained biases are not read"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights = 'pissa' changes the base weights"),
         ({"peft_type": "LOHA"}, "peft_type is 'LOHA', not LORA"),
         ({"r": 8}, "gate_proj.lora_A.weight has shape [4, 32], the model needs [8, 32]"),

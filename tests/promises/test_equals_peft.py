@@ -27,6 +27,7 @@ from tests.support.combinations import (
     MODELS,
     OTHER_COMBINATIONS,
     OTHER_MODELS,
+    model_of_start,
 )
 from tests.support.oracle import (
     base_model,
@@ -66,11 +67,6 @@ class Expected:
     losses: list[float]
     norms: list[float]
     adapter: dict[str, Tensor]
-
-
-def model_of_start(start: str) -> str:
-    """The checkpoint that a start adapter belongs to."""
-    return start if start in MODELS else "packable" if start.startswith("packable") else "tiny"
 
 
 @pytest.fixture(scope="session")

@@ -130,7 +130,7 @@ def test_a_snapshot_is_not_gone_on_from_with_other_bits(ground: Ground) -> None:
 
     asked = settings(quantization_bit=4)
     request, documents = check(asked), prepared_of(asked)
-    begin = starting_point(request, documents.documents, documents.validation)
+    begin = starting_point(request, documents.documents, documents.validation, {})
     shape = request.checkpoint.shape
     tensors = {
         name: torch.ones(size) for name, size in request.lora.parameter_shapes(shape).items()
@@ -147,10 +147,10 @@ def test_a_snapshot_is_not_gone_on_from_with_other_bits(ground: Ground) -> None:
 
     assert trained_in_bits(folder) == "4"
     again = check(settings(quantization_bit=4, resume_from_checkpoint=folder))
-    assert starting_point(again, documents.documents, documents.validation).state.step == 1
+    assert starting_point(again, documents.documents, documents.validation, {}).state.step == 1
     other = check(settings(resume_from_checkpoint=folder))
     with pytest.raises(RequestError) as refused:
-        starting_point(other, documents.documents, documents.validation)
+        starting_point(other, documents.documents, documents.validation, {})
     (problem,) = refused.value.problems
     assert "was made with quantization_bit = 4, this run has None" in problem
 

@@ -26,7 +26,6 @@ FAULT_BEFORE = {
 def results(ground: Ground) -> Results:
     """An allocation of rank 1 fails; in the loss, of both ranks."""
     small = {"tile_tokens": 100, "loss_tokens": 200, "gradient_accumulation_steps": 3}
-    small["limit"] = 140  # seconds; a run takes 15 on a machine with nothing else to do
     listed = []
     for moment, place in FAULT_BEFORE.items():
         ranks = (0, 1) if moment == "loss" else (1,)

@@ -61,7 +61,7 @@ def seven_ranks(ground: Ground, launch: Callable[..., tuple[int, str]]) -> Jobs:
         "keep_weights": True,
     }
     jobs = {"ragged": ground.job("seven", "tiny", **changes)}
-    packed = {**changes, "max_steps": 1, "num_train_epochs": 1, "quantization_bit": 4}
+    packed = {**changes, "max_steps": 1, "warmup_steps": 0, "quantization_bit": 4}
     jobs["four bits"] = ground.job("seven-four-bits", "packable", **packed)
     run_jobs(launch, 7, list(jobs.values()))
     return jobs

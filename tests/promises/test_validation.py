@@ -41,7 +41,12 @@ def validated(ground: Ground, launch: Callable[..., tuple[int, str]]) -> Jobs:
     jobs["share"] = {**jobs["1"], "eval_dataset": "", "val_size": 0.2}
     jobs["share"] |= {"output_dir": str(ground.folder / "validated-share"), "max_steps": 2}
     del jobs["share"]["eval_dataset"]
-    still = {**common, "max_steps": 1, "learning_rate": 1e-30}  # all score the start's adapter
+    still = {
+        **common,
+        "max_steps": 1,
+        "warmup_steps": 0,
+        "learning_rate": 1e-30,
+    }  # all score the start's adapter
     jobs["still"] = ground.job("still", "tiny", **still, deepspeed=jobs["1"]["deepspeed"])
     small = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "tile_tokens": 40}
     jobs["small"] = {**jobs["still"], **small, "gather_tokens": 70, "packing": True}

@@ -36,3 +36,10 @@ FOUR_BITS: dict[str, tuple[tuple[int, int, int, int], str, bool, dict[str, Any]]
     "three ranks, DoRA, spans": ((3, 2, 2, 3), "packable_dora", False, {**SPANS, "keep_blocks": 1}),
     "bf16": ((2, 2, 3, 3), "packable", False, {"bf16": True, "keep_blocks": 1}),
 }  # fmt: skip
+
+
+def model_of_start(start: str) -> str:
+    """The checkpoint that a start adapter belongs to."""
+    if start.startswith("packable"):
+        return "packable"
+    return start if start in (*MODELS, *OTHER_MODELS) else "tiny"
