@@ -43,6 +43,7 @@ REFUSED_VALUES = {
     "streaming: true": "remove it",
     "rope_scaling: yarn": "set it in the config.json of the base model",
     "report_to: mlflow": "'mlflow' is not one of none, tensorboard, wandb, comet_ml",
+    "report_to: trackio": "'trackio' is not one of none, tensorboard, wandb, comet_ml",
     "report_to: [wandb, all]": "'all' is not one of none, tensorboard, wandb, comet_ml",
     "mix_strategy: interleave_over": "bring the datasets to the sizes you want",
     "neftune_noise_alpha: 5": "'5' is not supported: remove it",

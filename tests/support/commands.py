@@ -102,6 +102,10 @@ def parse(program: str, words: list[str]) -> None:
             parse_module(module, rest)
         case "python", [script]:
             assert script.endswith(".py") and (ROOT / script).is_file(), f"no such file: {script}"
+        case "python", ["convert_hf_to_gguf.py", _, "--outfile", _, "--outtype", "bf16"]:
+            pass  # llama.cpp's
+        case "ollama", ["create", _, "-f", _]:
+            pass
         case "source", [".venv/bin/activate"]:
             pass
         case "hf", ["download", _, "--exclude", "original/*", "--local-dir", folder]:
