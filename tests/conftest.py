@@ -24,6 +24,13 @@ from tests.support.processes import HANGING_SECONDS, PACKABLE, SMALL, Launch, co
 from tests.support.runs import Ground, make_ground
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What starts processes through `launch`, if only in a fixture that is shared, is slow."""
+    for item in items:
+        if "launch" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(autouse=True)
 def seed() -> int:
     """Seeds torch before every test; the value is there for those who seed more."""

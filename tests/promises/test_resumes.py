@@ -18,6 +18,8 @@ import torch
 from minilora.files.snapshot import DRAFT, STATE, TENSORS
 from tests.support.runs import Ground, adapter, log, run_jobs, stage_file
 
+pytestmark = pytest.mark.slow  # nearly all of it starts processes
+
 KILLS = Path(__file__).parents[1] / "support/kills.py"
 STEPS = 12
 ROWS = 12  # of 75, so that an epoch ends after the 7th step
