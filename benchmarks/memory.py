@@ -209,7 +209,7 @@ def _batch(case: Case, world: World) -> Step:
     schedule = Schedule(lengths, 1, rows, case.cutoff_len, case.packing)
     place = Place(world.rank, world.size)
     limits = TileLimits(case.tile_tokens, case.gather_tokens)
-    chosen = schedule.rows(0)
+    chosen = schedule.document_ids(0)
     return build_step(Documents.of(encoded), chosen, 0, schedule, place, limits)
 
 

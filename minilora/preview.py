@@ -121,7 +121,7 @@ def steps(
     """
     asked = Schedule.of(documents.lengths, settings, ranks, break_even_length)
     yield from _step_counts(documents, settings, asked, ranks)
-    order = [asked.rows(step) for step in range(asked.steps_per_epoch(0))]
+    order = [asked.document_ids(step) for step in range(asked.steps_per_epoch(0))]
     yield _tile_use(documents, settings, asked, order, ranks)
     yield _padding_cost(
         documents.lengths[np.concatenate(order)], settings.train.per_device_train_batch_size

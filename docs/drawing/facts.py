@@ -260,12 +260,12 @@ def sample() -> Sample:
     ids, trained = documents[ROW]
 
     schedule = Schedule.of(documents.lengths, settings, DEMO_RANKS, shape.break_even_length)
-    rows, limits = schedule.rows(0), TileLimits(DEMO_TILE)
+    rows, limits = schedule.document_ids(0), TileLimits(DEMO_TILE)
     deal = [
         build_step(documents, rows, 0, schedule, Place(rank, DEMO_RANKS), limits)
         for rank in range(DEMO_RANKS)
     ]
-    (rank,) = (rank for rank, step in enumerate(deal) if ROW in step.local_rows)
+    (rank,) = (rank for rank, step in enumerate(deal) if ROW in step.local_ids)
     (span,) = deal[rank].spans
 
     texts = [prepared.tokenizer.decode([token]) for token in ids.tolist()]

@@ -121,7 +121,7 @@ class Schedule:
         found = self._epoch(epoch)
         return found.done + len(found.steps)
 
-    def rows(self, step: int) -> Int64s:
+    def document_ids(self, step: int) -> Int64s:
         """Document ids of this global optimizer step (from 0), in the epoch's order: int64."""
         epoch, index = self._place(step)
         return self._epoch(epoch).steps[index]

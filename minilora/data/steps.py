@@ -7,9 +7,9 @@ tokens (per_device_train_batch_size 4 x gradient_accumulation_steps 4), gather_t
     span     8,192 tokens  one forward and backward through the model. Each block's weights are
                            gathered for it once in each direction. Four per step.
     tile     2,048 tokens  whole documents that a block computes at one time. Four per span.
-    piece    2,048 tokens  rows of a tile that the MLP computes at one time. One per tile, but
+    piece    2,048 tokens  tokens of a tile that the MLP computes at one time. One per tile, but
                            more where a document is longer than tile_tokens.
-    chunk    1,024 tokens  rows whose logits exist at one time in the loss. Up to eight per span.
+    chunk    1,024 tokens  those whose logits exist at one time in the loss. Up to eight per span.
 
 This file cuts steps into spans and spans into tiles. Documents are never cut here, and nothing is
 padded. model/tiles.py cuts tiles into pieces, and model/loss.py cuts spans into chunks. Without
@@ -76,32 +76,32 @@ class Span:
 class Step:
     """What one rank computes in an optimizer step: `spans`, of which every rank has equally many.
 
-    labelled, tokens: targets and tokens of all ranks together. rows, local_rows: document ids of
+    labelled, tokens: targets and tokens of all ranks together. document_ids, local_ids: those of
     all ranks, and of this one, int64.
     """
 
     spans: list[Span]
     labelled: int
     tokens: int
-    rows: Int64s
-    local_rows: Int64s
+    document_ids: Int64s
+    local_ids: Int64s
 
 
 def build_step(
     documents: Documents,
-    rows: Int64s,
+    document_ids: Int64s,
     step: int,
     schedule: Schedule,
     place: Place,
     limits: TileLimits,
 ) -> Step:
-    """This rank's part of the documents `rows`, as spans of tiles.
+    """This rank's part of the documents `document_ids`, as spans of tiles.
 
     step: the global number of the optimizer step, from which dropout seeds are made.
     """
     # Every rank works out what all ranks get, so they agree on the number of spans without a
     # message between them.
-    lengths = documents.offsets[rows + 1] - documents.offsets[rows]
+    lengths = documents.offsets[document_ids + 1] - documents.offsets[document_ids]
     shares = _deal(lengths, place.world_size, schedule.break_even_length)
     limit = limits.gather_tokens or int(lengths.sum())
     spans_wanted = max(1, *(len(_pack(lengths[share], limit)) for share in shares))
@@ -115,13 +115,13 @@ def build_step(
     spans = []
     for index, group in enumerate(groups):
         seed = _mix(schedule.seed, step, place.rank, index)
-        spans.append(_span(documents, rows[group], limits.tile_tokens, seed))
+        spans.append(_span(documents, document_ids[group], limits.tile_tokens, seed))
 
     # The first token of a document is no target, whatever its mask says (`Documents.labelled`).
-    positions, starts = _positions(documents, rows)
+    positions, starts = _positions(documents, document_ids)
     trained = documents.trained[positions]
     labelled = int(trained.sum() - trained[starts].sum())
-    return Step(spans, labelled, int(lengths.sum()), rows, rows[own])
+    return Step(spans, labelled, int(lengths.sum()), document_ids, document_ids[own])
 
 
 def most_tokens(schedule: Schedule, world_size: int) -> int:
@@ -224,15 +224,15 @@ def _pack(lengths: Iterable[int], limit: int) -> list[list[int]]:
     return bins
 
 
-def _span(documents: Documents, rows: Int64s, tile_tokens: int, seed: int) -> Span:
+def _span(documents: Documents, document_ids: Int64s, tile_tokens: int, seed: int) -> Span:
     """The span of these documents, tile after tile."""
-    if len(rows) == 0:
+    if len(document_ids) == 0:
         # One token without a label: the collectives are those of any span, and no sum changes.
         return Span(torch.zeros(1, dtype=torch.int64), torch.full((1,), NO_LABEL), ((1,),), seed)
-    lengths = documents.offsets[rows + 1] - documents.offsets[rows]
+    lengths = documents.offsets[document_ids + 1] - documents.offsets[document_ids]
     tiles = _pack(lengths, tile_tokens)
     in_order = [index for tile in tiles for index in tile]
-    positions, starts = _positions(documents, rows[in_order])
+    positions, starts = _positions(documents, document_ids[in_order])
 
     # The label of a position is the next token. The first token of a document is nobody's label,
     # since nothing in its own document stands before it.
@@ -245,11 +245,11 @@ def _span(documents: Documents, rows: Int64s, tile_tokens: int, seed: int) -> Sp
     return Span(torch.from_numpy(tokens), torch.from_numpy(labels), tile_lengths, seed)
 
 
-def _positions(documents: Documents, rows: Int64s) -> tuple[Int64s, Int64s]:
+def _positions(documents: Documents, document_ids: Int64s) -> tuple[Int64s, Int64s]:
     """Where the tokens of these documents lie, (N,), and where in those each document starts."""
-    lengths = documents.offsets[rows + 1] - documents.offsets[rows]
+    lengths = documents.offsets[document_ids + 1] - documents.offsets[document_ids]
     starts = np.cumsum(lengths) - lengths
-    shift = np.repeat(documents.offsets[rows] - starts, lengths)
+    shift = np.repeat(documents.offsets[document_ids] - starts, lengths)
     return shift + np.arange(len(shift)), starts
 
 

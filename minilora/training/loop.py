@@ -31,8 +31,8 @@ def train_step(job: Job, step: int, stop: StopRequest) -> tuple[StepRecord, int]
 
     # This rank's part of the step's documents, cut into spans. A span is what shares one gather of
     # each block. All ranks have equally many spans, so all make the same collectives.
-    rows = job.schedule.rows(step)
-    batch = build_step(job.documents, rows, step, job.schedule, job.place, job.limits)
+    document_ids = job.schedule.document_ids(step)
+    batch = build_step(job.documents, document_ids, step, job.schedule, job.place, job.limits)
 
     # The loss is a sum over labelled tokens, divided by the labelled tokens of the whole step on
     # all ranks. DeepSpeed averages gradients over ranks, so the number of ranks is multiplied in:
@@ -55,7 +55,7 @@ def train_step(job: Job, step: int, stop: StopRequest) -> tuple[StepRecord, int]
         loss=loss,
         labelled=batch.labelled,
         tokens=batch.tokens,
-        documents=len(rows),
+        documents=len(document_ids),
         grad_norm=grad_norm,
         learning_rate=rate,
         epoch=job.schedule.epoch(step),
@@ -80,7 +80,7 @@ def share(
     broken = [rank for rank, loss in enumerate(losses) if not math.isfinite(loss)]
     if broken:
         rank = broken[0]
-        rows = job.world.gather_objects(batch.local_rows.tolist())[rank]
+        rows = job.world.gather_objects(batch.local_ids.tolist())[rank]
         raise RunError(
             f"the loss is {losses[rank]} on rank {rank}, which had the rows "
             f"{rows}; nothing was updated. Look at these rows, or lower learning_rate"

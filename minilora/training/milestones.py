@@ -129,8 +129,8 @@ def evaluate(job: Job) -> dict[str, float]:
 
     count = job.schedule.rows_per_step
     for start in range(0, len(documents), count):
-        rows = np.arange(start, min(start + count, len(documents)))
-        batch = build_step(documents, rows, 0, job.schedule, job.place, job.limits)
+        document_ids = np.arange(start, min(start + count, len(documents)))
+        batch = build_step(documents, document_ids, 0, job.schedule, job.place, job.limits)
         for span in batch.spans:
             sums += np.array(job.engine.score(span).tolist())
 

@@ -19,7 +19,7 @@ def epochs_of(order: Schedule, epochs: int) -> list[list[int]]:
     step, result = 0, []
     for epoch in range(epochs):
         count = order.steps_per_epoch(epoch)
-        result.append(np.concatenate([order.rows(step + i) for i in range(count)]).tolist())
+        result.append(np.concatenate([order.document_ids(step + i) for i in range(count)]).tolist())
         step += count
     return result
 
@@ -33,11 +33,11 @@ def test_epochs_are_different_permutations_and_asking_in_any_order_gives_the_sam
     for epoch in (first, second, third):
         assert sorted(epoch) == list(range(103))
     assert first != second != third != first
-    expected = [one.rows(step).tolist() for step in range(one.total_steps)]
+    expected = [one.document_ids(step).tolist() for step in range(one.total_steps)]
     for start in (one.total_steps - 1, one.steps_per_epoch(0) - 1, one.steps_per_epoch(0), 5):
         fresh = schedule(packing=packing, cutoff_len=40)
         for step in range(start, one.total_steps):
-            assert fresh.rows(step).tolist() == expected[step]
+            assert fresh.document_ids(step).tolist() == expected[step]
     assert epochs_of(schedule(packing=packing, seed=4), 1)[0] != first
     assert epochs_of(schedule(disable_shuffling=True, packing=packing), 1)[0] == list(range(103))
 
@@ -51,7 +51,7 @@ def test_the_order_is_the_same_in_every_release() -> None:
 
 def test_without_packing_only_the_last_step_of_an_epoch_is_short() -> None:
     order = schedule()
-    sizes = [len(order.rows(step)) for step in range(order.total_steps)]
+    sizes = [len(order.document_ids(step)) for step in range(order.total_steps)]
     assert sizes == ([8] * 12 + [7]) * 3
 
 
@@ -68,7 +68,9 @@ def test_packing_takes_as_many_documents_as_fit_and_never_none() -> None:
                 expected.append([])
             expected[-1].append(row)
         begin = epoch * order.steps_per_epoch(0)
-        found = [order.rows(begin + i).tolist() for i in range(order.steps_per_epoch(epoch))]
+        found = [
+            order.document_ids(begin + i).tolist() for i in range(order.steps_per_epoch(epoch))
+        ]
         assert found == expected
     assert order.total_steps == order.steps_per_epoch(0) + order.steps_per_epoch(1)
 
@@ -82,7 +84,7 @@ def test_total_steps_follow_fractions_of_epochs_and_max_steps() -> None:
     assert schedule(max_steps=5, num_train_epochs=30.0).total_steps == 5
     packed = schedule(packing=True, num_train_epochs=1.5, cutoff_len=40)
     assert packed.total_steps == packed.steps_per_epoch(0) + -(-packed.steps_per_epoch(1) // 2)
-    assert len(schedule(max_steps=100).rows(99)) == 8  # the eighth epoch
+    assert len(schedule(max_steps=100).document_ids(99)) == 8  # the eighth epoch
 
 
 @pytest.mark.parametrize("packing", [False, True])
@@ -111,18 +113,18 @@ def test_a_resumed_schedule_goes_on_with_the_very_next_document(packing: bool) -
         rest = Schedule(lengths, 7, 6, **fields, done_steps=step, done_rows=consumed)
         assert rest.total_steps == whole.total_steps
         for later in range(step, whole.total_steps):
-            assert rest.rows(later).tolist() == whole.rows(later).tolist()
+            assert rest.document_ids(later).tolist() == whole.document_ids(later).tolist()
             assert rest.epoch(later) == whole.epoch(later)
-        consumed += len(whole.rows(step))
+        consumed += len(whole.document_ids(step))
 
 
 def test_a_resumed_schedule_with_another_step_size_loses_and_repeats_no_document() -> None:
     lengths = np.full(47, 10)
     whole = Schedule(lengths, 7, 6, num_train_epochs=2)
-    done = [row for step in range(3) for row in whole.rows(step)]
+    done = [row for step in range(3) for row in whole.document_ids(step)]
     rest = Schedule(lengths, 7, 4, num_train_epochs=2, done_steps=3, done_rows=len(done))
-    later = [row for step in range(3, rest.total_steps) for row in rest.rows(step)]
-    everything = [row for step in range(whole.total_steps) for row in whole.rows(step)]
+    later = [row for step in range(3, rest.total_steps) for row in rest.document_ids(step)]
+    everything = [row for step in range(whole.total_steps) for row in whole.document_ids(step)]
     assert done + later == everything
 
 

@@ -33,7 +33,7 @@ def test_every_row_is_computed_once_with_the_labels_of_a_slow_reference(
     limits = TileLimits(tile_tokens=45, gather_tokens=gather_tokens)
     steps = steps_of_all_ranks(documents, rows, world_size, limits)
 
-    assert sorted(np.concatenate([step.local_rows for step in steps]).tolist()) == sorted(rows)
+    assert sorted(np.concatenate([step.local_ids for step in steps]).tolist()) == sorted(rows)
     assert len({len(step.spans) for step in steps}) == 1
     assert gather_tokens is not None or len(steps[0].spans) == 1
 
@@ -63,8 +63,8 @@ def test_every_row_is_computed_once_with_the_labels_of_a_slow_reference(
                     strict=True,
                 )
             )
-        real = own[: len(step.local_rows)]  # dummies come after all documents
-        assert own[len(step.local_rows) :] == [([0], [-100])] * (len(own) - len(real))
+        real = own[: len(step.local_ids)]  # dummies come after all documents
+        assert own[len(step.local_ids) :] == [([0], [-100])] * (len(own) - len(real))
         found += real
     assert sorted(found) == sorted(wanted)
 
@@ -86,7 +86,7 @@ def test_documents_are_dealt_longest_first_to_the_rank_with_the_fewest_tokens() 
         [(np.zeros(n, np.int32), np.ones(n, np.bool_)) for n in (4, 7, 5, 9, 6, 8)]
     )
     steps = steps_of_all_ranks(documents, [5, 4, 3, 2, 1, 0], 2, TileLimits())
-    assert [documents.lengths[step.local_rows].tolist() for step in steps] == [[9, 6, 5], [8, 7, 4]]
+    assert [documents.lengths[step.local_ids].tolist() for step in steps] == [[9, 6, 5], [8, 7, 4]]
 
 
 def test_long_documents_count_for_their_attention_too() -> None:
@@ -98,7 +98,7 @@ def test_long_documents_count_for_their_attention_too() -> None:
     for length in (float("inf"), 4.0):
         schedule = Schedule(documents.lengths, 1, 9, break_even_length=length)
         made = build_step(documents, np.arange(9), 0, schedule, Place(0, 2), TileLimits())
-        dealt.append(made.local_rows.tolist())
+        dealt.append(made.local_ids.tolist())
     assert dealt == [[0, 5, 7], [0]]
 
 
@@ -107,7 +107,7 @@ def test_of_equal_documents_the_first_is_dealt_first() -> None:
     lengths = [5 + row % 3 for row in range(40)]
     documents = Documents.of([(np.zeros(n, np.int32), np.ones(n, np.bool_)) for n in lengths])
     (step,) = steps_of_all_ranks(documents, list(range(40)), 1, TileLimits())
-    assert step.local_rows.tolist() == sorted(range(40), key=lambda row: -lengths[row])
+    assert step.local_ids.tolist() == sorted(range(40), key=lambda row: -lengths[row])
 
 
 def test_a_document_goes_where_it_leaves_least_room_and_all_ranks_count_the_spans_of_all() -> None:
@@ -129,7 +129,7 @@ def test_ranks_without_documents_get_one_token_without_a_label() -> None:
     for step in steps[1:]:
         (span,) = step.spans
         assert (span.token_ids.tolist(), span.labels.tolist(), span.tiles) == ([0], [-100], ((1,),))
-        assert step.local_rows.tolist() == []
+        assert step.local_ids.tolist() == []
         assert step.tokens == documents.lengths[4]
 
 

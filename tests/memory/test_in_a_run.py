@@ -57,7 +57,7 @@ def test_no_step_has_more_than_the_trial_computes(packing: bool, ranks: int) -> 
         labels = int((worst.labels >= 0).sum())
         assert bounds[0] == sum(map(sum, worst.tiles)) == len(worst.labels)
         for step in range(schedule.total_steps):
-            chosen = schedule.rows(step)
+            chosen = schedule.document_ids(step)
             for rank in range(ranks):
                 place = Place(rank, ranks)
                 made = build_step(documents, chosen, step, schedule, place, limits).spans

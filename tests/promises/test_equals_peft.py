@@ -125,7 +125,7 @@ def peft_training(
     rates = get_cosine_schedule_with_warmup(optimizer, 2, schedule.total_steps)
     losses, norms = [], []
     for step in range(schedule.total_steps):
-        rows = schedule.rows(step)
+        rows = schedule.document_ids(step)
         count = int(documents.labelled[rows].sum())
         total = torch.zeros(())
         for row in rows:
