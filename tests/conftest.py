@@ -20,12 +20,15 @@ import pytest
 import torch
 
 from minilora.tiny.checkpoint import TinyShape, write_tiny
+from tests.support.collected import COLLECTED
 from tests.support.processes import HANGING_SECONDS, PACKABLE, SMALL, Launch, command_line
 from tests.support.runs import Ground, make_ground
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """What starts processes through `launch`, if only in a fixture that is shared, is slow."""
+    config.stash[COLLECTED] = [item.nodeid for item in items]
     for item in items:
         if "launch" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.slow)
@@ -76,8 +79,8 @@ def launch() -> Launch:
     ) -> tuple[int, str]:
         """Start `arguments` (a script and its arguments, or -m and a module) on world_size ranks.
 
-        with_: torchrun, deepspeed (its launcher), minilora (`minilora train`, so DeepSpeed's too)
-        or python (one process without a launcher).
+        with_: torchrun, deepspeed (its launcher), minilora (`minilora train`, so DeepSpeed's too),
+        python (one process without a launcher) or forked (ranks that share their imports).
         Returns the exit code and stdout with stderr. What is still running after `timeout` seconds
         hangs, and fails the test; no run that is all right comes near them.
         """

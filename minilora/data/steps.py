@@ -9,7 +9,7 @@ tokens (per_device_train_batch_size 4 x gradient_accumulation_steps 4), gather_t
     tile     2,048 tokens  whole documents that a block computes at one time. Four per span.
     piece    2,048 tokens  tokens of a tile that the MLP computes at one time. One per tile, but
                            more where a document is longer than tile_tokens.
-    chunk    1,024 tokens  those whose logits exist at one time in the loss. Up to eight per span.
+    chunk    1,024 tokens  tokens whose logits exist at one time in the loss. Up to eight per span.
 
 This file cuts steps into spans and spans into tiles. Documents are never cut here, and nothing is
 padded. model/tiles.py cuts tiles into pieces, and model/loss.py cuts spans into chunks. Without

@@ -5,13 +5,12 @@ from __future__ import annotations
 import argparse
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from minilora.settings.settings import all_settings
+from tests.support.collected import all_node_ids
 from tests.support.commands import (
     CHINESE,
     COMMAND,
@@ -75,19 +74,6 @@ def test_wrong_commands_would_be_found(command: str) -> None:
         check(command)
 
 
-@pytest.fixture(scope="module")
-def node_ids() -> list[str]:
-    """Every test there is, as pytest names it."""
-    listed = subprocess.run(
-        [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider"],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-    )
-    assert listed.returncode == 0, listed.stdout + listed.stderr
-    return [line for line in listed.stdout.splitlines() if "::" in line]
-
-
 def selects(words: list[str], node_ids: list[str]) -> bool:
     """Whether each path, and each alternative of -k in these paths, selects a test."""
     parser = argparse.ArgumentParser()
@@ -103,7 +89,8 @@ def selects(words: list[str], node_ids: list[str]) -> bool:
 
 
 @pytest.mark.slow
-def test_every_selection_of_tests_selects_some(node_ids: list[str]) -> None:
+def test_every_selection_of_tests_selects_some(pytestconfig: pytest.Config) -> None:
+    node_ids = all_node_ids(pytestconfig)
     words = [shlex.split(command) for path in DOCS for command in commands(path)]
     selections = [line[line.index("test") + 1 :] for line in words if "test" in line]
     assert [each for each in selections if not selects(each, node_ids)] == []

@@ -137,19 +137,22 @@ def test_the_demo_learns_its_answers(tmp_path: Path, launch: Launch) -> None:
     model, adapter = str(tmp_path / "tiny"), str(tmp_path / "out")
     assert write_demo_checkpoint([model]) == 0
     ask = ["-m", "minilora.generate", "--model_name_or_path", model, "--temperature", "0"]
-    questions = [row for row in rows if not row.keys() & {"system", "history"}]
+    chosen = [row for row in rows if not row.keys() & {"system", "history"}]
+    chosen = [*chosen[:3], chosen[-1]]
+    prompts = ["\n".join(filter(None, (row["instruction"], row["input"]))) for row in chosen]
+    lines = [json.dumps({"prompt": prompt}) for prompt in prompts]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    ask += ["--prompts", tmp_path / "prompts.jsonl"]
 
     def answers(*more: str) -> list[str]:
-        found = []
-        for row in questions[:3] + questions[-1:]:
-            prompt = "\n".join(filter(None, (row["instruction"], row["input"])))
-            code, output = launch(1, [*ask, "--prompt", prompt, *more], with_="python")
-            assert code == 0, output
-            found.append(output.strip())
-        return found
+        """All of them from one process, as a file of prompts is answered."""
+        written = tmp_path / f"answers{more[0]}.jsonl"
+        code, output = launch(1, [*ask, "--output", written, *more], with_="python")
+        assert code == 0, output
+        return [json.loads(line)["predict"].strip() for line in written.read_text("utf-8").splitlines()]
 
-    wanted = [row["output"] for row in questions[:3] + questions[-1:]]
-    assert not set(answers("--max_new_tokens", "30")) & set(wanted)
+    wanted = [row["output"] for row in chosen]
+    assert not {*answers("--max_new_tokens", "30")} & {*wanted}
     paths = ["--dataset_dir", ROOT / "examples" / "demo", "--output_dir", adapter]
     job = ["-m", "minilora.train", ROOT / "examples" / "demo" / "demo.yaml", *paths]
     code, output = launch(2, [*job, "--model_name_or_path", model], with_="minilora")

@@ -16,11 +16,11 @@ import pytest
 import torch
 
 from minilora.files.snapshot import DRAFT, STATE, TENSORS
+from tests.support.processes import HANGING_SECONDS
 from tests.support.runs import Ground, adapter, log, run_jobs, stage_file
 
 pytestmark = pytest.mark.slow  # nearly all of it starts processes
 
-KILLS = Path(__file__).parents[1] / "support/kills.py"
 STEPS = 12
 ROWS = 12  # of 75, so that an epoch ends after the 7th step
 Jobs = dict[Any, dict[str, Any]]
@@ -165,8 +165,8 @@ def run_and_kill(ground: Ground, settings: dict[str, Any], kills: int) -> list[d
     """Kill a run so many times, each time at another moment; returns a line for each attempt."""
     listed = ground.folder / f"kills-{Path(settings['output_dir']).name}.json"
     listed.write_text(json.dumps(settings), encoding="utf-8")
-    words = [sys.executable, str(KILLS), str(listed), str(kills), "5"]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=200)
+    words = [sys.executable, "-m", "tests.support.kills", str(listed), str(kills), "5"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=HANGING_SECONDS)
     assert done.returncode == 0, done.stdout + done.stderr
     return [json.loads(line) for line in done.stdout.splitlines() if line[0] == "{"]
 

@@ -10,9 +10,6 @@ from typing import Any
 
 from tests.support.runs import Ground, stage_file
 
-FAULTS = Path(__file__).with_name("faults.py")
-
-
 Results = dict[str, dict[str, Any]]
 
 
@@ -32,7 +29,7 @@ def case(ground: Ground, name: str, *faults: dict[str, Any], **changes: Any) -> 
 
 def run_cases(listed: list[dict[str, Any]], path: Path) -> Results:
     path.write_text(json.dumps(listed), encoding="utf-8")
-    words = [sys.executable, str(FAULTS), str(path)]
+    words = [sys.executable, "-m", "tests.support.faults", str(path)]
     done = subprocess.run(words, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     found = {line["name"]: line for line in map(json.loads, done.stdout.splitlines())}

@@ -1,6 +1,6 @@
 """Run in a process of its own: training runs to which something happens at a chosen moment.
 
-python tests/support/faults.py CASES.json
+python -m tests.support.faults CASES.json
 
 Imports are paid once; each rank is a fork that trains as `minilora.train` does, under a launcher
 that starts ranks and otherwise leaves them alone: whoever ends has ended by itself. What happens
@@ -32,6 +32,7 @@ from minilora.files.output_folder import claimed
 from minilora.processes import world
 from minilora.report import run_log
 from minilora.training import engine, milestones, shared_documents
+from tests.support.forked import prepare_to_fork
 
 # How long a case that hangs is waited for, however busy the machine is.
 HANGING_SECONDS = 1800
@@ -198,6 +199,7 @@ class Running:
 def main() -> None:
     cases = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     running: list[Running] = []
+    prepare_to_fork()
     while cases or running:
         while cases and len(running) < AT_ONCE:
             running.append(Running(cases.pop(0)))

@@ -1,6 +1,6 @@
-"""Run under a launcher: several training jobs in one set of processes, with what they cost.
+"""Several training jobs in one set of processes, with what they cost.
 
-python -m torch.distributed.run --nproc-per-node N tests/support/jobs.py JOBS.json
+python -m tests.support.forked RANKS tests.support.jobs JOBS.json
 
 JOBS.json is a list of settings (flat, as on the command line). Starting processes is what costs
 on a small machine, so tests that need the same number of them share one start. Each job leaves in

@@ -1,6 +1,6 @@
 """Run in a process of its own: one training job, killed with SIGKILL again and again.
 
-python tests/support/kills.py JOB.json KILLS SEED
+python -m tests.support.kills JOB.json KILLS SEED
 
 Imports are paid once; each attempt is a fork that trains as `minilora.train` does. It is killed
 at a change that it is about to make in its folder: the first, the second, ... or the MOST-th, by
@@ -19,6 +19,7 @@ from typing import Any
 
 import minilora.training.run  # noqa: F401 (torch and DeepSpeed, once and not in each attempt)
 from minilora import train
+from tests.support.forked import prepare_to_fork
 
 # Python announces these before it does them. Files of other folders do not count.
 CHANGES = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir")
@@ -58,6 +59,7 @@ def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     words = [f"--{key}={value}" for key, value in job.items()]
     kills, dice = int(sys.argv[2]), random.Random(int(sys.argv[3]))
+    prepare_to_fork()
     while True:
         kill = dice.randint(1, MOST) if kills > 0 else None
         code = attempt(words, kill, job["output_dir"])

@@ -27,6 +27,9 @@ def command_line(launcher: str, world_size: int, arguments: list[str]) -> list[s
     if launcher == "python":
         assert world_size == 1, "python starts one process"
         return [sys.executable, *arguments]
+    if launcher == "forked":
+        assert arguments[0] == "-m", "it starts a module"
+        return [sys.executable, "-m", "tests.support.forked", str(world_size), *arguments[1:]]
     if launcher == "minilora":
         assert arguments[:2] == ["-m", "minilora.train"], "it starts nothing else"
         command = [sys.executable, "-m", "minilora", "train", f"--num_gpus={world_size}"]

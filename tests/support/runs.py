@@ -20,7 +20,6 @@ from minilora.model.llama_shape import LlamaShape
 from minilora.model.lora_shape import LoraShape
 from minilora.model.nf4 import pack
 
-JOBS = Path(__file__).with_name("jobs.py")
 STEPS = 8
 RANK, ALPHA, RATE, DECAY = 4, 8, 2e-4, 0.1
 CUTOFF = 96
@@ -85,7 +84,7 @@ def run_jobs(launch: Callable[..., tuple[int, str]], ranks: int, jobs: list[dict
     """Run the jobs in one set of processes; returns what they printed."""
     listed = Path(jobs[0]["output_dir"]).parent / f"jobs-{ranks}-{len(jobs)}.json"
     listed.write_text(json.dumps(jobs), encoding="utf-8")
-    code, output = launch(ranks, [JOBS, listed])
+    code, output = launch(ranks, ["-m", "tests.support.jobs", listed], with_="forked")
     assert code == 0, output
     return output
 
