@@ -108,7 +108,9 @@ def loss(model: Llama, piece: int | None = None) -> Tensor:
     return result
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name", ["plain", *(pytest.param(name, marks=pytest.mark.slow) for name in [*MODELS][1:])]
+)
 @pytest.mark.parametrize("piece", [None, 5])
 @pytest.mark.parametrize("keep", [0, 1])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

@@ -149,7 +149,8 @@ def test_the_demo_learns_its_answers(tmp_path: Path, launch: Launch) -> None:
         written = tmp_path / f"answers{more[0]}.jsonl"
         code, output = launch(1, [*ask, "--output", written, *more], with_="python")
         assert code == 0, output
-        return [json.loads(line)["predict"].strip() for line in written.read_text("utf-8").splitlines()]
+        lines = written.read_text("utf-8").splitlines()
+        return [json.loads(line)["predict"].strip() for line in lines]
 
     wanted = [row["output"] for row in chosen]
     assert not {*answers("--max_new_tokens", "30")} & {*wanted}
