@@ -9,9 +9,11 @@ from __future__ import annotations
 import errno
 import json
 import os
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -28,6 +30,11 @@ WEIGHTS = "adapter_model.safetensors"
 QUANTIZATION = "quantization_bit"
 # PEFT wraps the model twice, and the names of both wrappers stand before every parameter.
 PREFIX = "base_model.model."
+# What a disk says that is broken or full. Any other error may be gone a moment later.
+DISK_ERRORS = (errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+PAUSE_SECONDS = 1.0  # before something is written once more
+
+Result = TypeVar("Result")
 
 
 def stored_name(parameter: str) -> str:
@@ -138,6 +145,22 @@ def check_tensors(folder: Path, expected: Mapping[str, tuple[int, ...]]) -> None
     problems += [f"{name} is not in the model" for name in sorted(held - wanted.keys())]
     if problems:
         raise RequestError(shortened([f"{path}: {problem}" for problem in problems]))
+
+
+def patiently(write: Callable[[], Result]) -> Result:
+    """Write something, and once more if that failed, unless the disk is broken or full.
+
+    Network shares refuse a rename or a new folder at times, because a machine still has a file open
+    (EBUSY) or knows an older state of the folder (ENOENT, ESTALE), and take it a moment later.
+    write: begins anew when it is called again. Raises OSError.
+    """
+    try:
+        return write()
+    except OSError as error:
+        if error.errno in DISK_ERRORS:
+            raise
+    time.sleep(PAUSE_SECONDS)
+    return write()
 
 
 def write_atomically(path: Path, content: bytes) -> None:

@@ -8,7 +8,6 @@ partitioned over the ranks that wrote them plays no part.
 
 from __future__ import annotations
 
-import errno
 import itertools
 import json
 import math
@@ -16,7 +15,6 @@ import os
 import shutil
 import time
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +24,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from minilora.data.tokenizer_files import TokenizerFiles
-from minilora.files.adapter import write_adapter, write_atomically
+from minilora.files.adapter import patiently, write_adapter, write_atomically
 from minilora.files.records import STATE, restored
 from minilora.model.lora_shape import LoraShape
 from minilora.settings.errors import RequestError
@@ -36,9 +34,6 @@ TENSORS = "snapshot.safetensors"
 PREFIX = "checkpoint-"
 # Ends the name of a folder while it is being written, and while it is being deleted.
 DRAFT = ".draft"
-# What fsync of a folder may say that ends a run. With any other error only a power cut could still
-# undo the renaming: many network file systems cannot flush a folder, and say EINVAL or ENOTSUP.
-DISK_ERRORS = (errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 @dataclass(frozen=True)
@@ -85,79 +80,29 @@ def write_snapshot(
     snapshot cannot be resumed from. Raises OSError.
     """
     final = snapshot_folder(output, state.step)
-    draft = final.with_name(final.name + DRAFT)
-    shutil.rmtree(draft, ignore_errors=True)
     bits = state.must_match.get("quantization_bit")
-    try:
-        write_adapter(draft, adapter, lora, base, bits)
-        if moments:
-            write_atomically(draft / TENSORS, save({**adapter, **moments}, {"format": "pt"}))
-            dated = replace(state, about={**state.about, "written": time.time()})
-            write_atomically(draft / STATE, (json.dumps(asdict(dated), indent=2) + "\n").encode())
 
-        # An earlier run in this folder may have left a snapshot of the same step.
-        if final.exists():
-            shutil.rmtree(_set_aside(final), ignore_errors=True)
-        os.replace(draft, final)
-    except OSError:
-        # On a full disk half a snapshot would take the room that others need.
-        shutil.rmtree(draft, ignore_errors=True)
-        raise
+    def write() -> None:
+        draft = _unused_draft(final)
+        try:
+            write_adapter(draft, adapter, lora, base, bits)
+            if moments:
+                write_atomically(draft / TENSORS, save({**adapter, **moments}, {"format": "pt"}))
+                dated = replace(state, about={**state.about, "written": time.time()})
+                text = json.dumps(asdict(dated), indent=2) + "\n"
+                write_atomically(draft / STATE, text.encode())
+
+            # An earlier run in this folder may have left a snapshot of the same step.
+            if final.exists():
+                shutil.rmtree(set_aside(final), ignore_errors=True)
+            os.replace(draft, final)
+        except OSError:
+            # On a full disk half a snapshot would take the room that others need.
+            shutil.rmtree(draft, ignore_errors=True)
+            raise
+
+    patiently(write)
     return final
-
-
-def prune(output: Path, keep: int | None, newest: Path, best: Path | None = None) -> list[str]:
-    """Delete the oldest snapshots, so that `keep` are left, and drafts that killed runs have left.
-
-    keep: None for all. newest: the snapshot just written. best: the one with the best validation,
-    as an absolute path. These two stay even where `keep` is 1, as in the HF Trainer.
-    Returns warnings: nothing of the run is lost when an old folder cannot be deleted, or when the
-    file system cannot flush a folder. Raises OSError for a disk that is broken or full.
-    """
-    # Before anything is deleted, the name of what replaces it has to be on the disk.
-    warnings = _sync(output)
-
-    # Numbers beyond the newest's were left by an earlier run in this folder: older than all others.
-    found = _snapshots(output)
-    oldest_first = [folder for folder in found if _step_of(folder) > _step_of(newest)]
-    oldest_first += [folder for folder in found if folder not in oldest_first]
-    may_go = [folder for folder in oldest_first if folder != newest and folder.resolve() != best]
-    surplus = 0 if keep is None else max(len(found) - keep, 0)
-
-    # A folder that is half deleted must not look like a snapshot, so it becomes a draft first.
-    for folder in may_go[:surplus]:
-        try:
-            _set_aside(folder)
-        except FileNotFoundError:
-            continue  # gone already, which is all that was wanted
-        except OSError as error:
-            warnings.append(_cannot_delete(folder, error))
-    return warnings + delete_drafts(output)
-
-
-def delete_drafts(output: Path) -> list[str]:
-    """Delete what runs left that ended while they wrote or deleted a snapshot.
-
-    Returns a warning for each that cannot be deleted; nothing ever resumes from one.
-    """
-    warnings = []
-    for draft in _drafts(output):
-        try:
-            shutil.rmtree(draft)
-        except FileNotFoundError:
-            continue
-        except OSError as error:
-            warnings.append(_cannot_delete(draft, error))
-    return warnings
-
-
-def draft_bytes(output: Path) -> int:
-    """How much room `delete_drafts` will make."""
-    total = 0
-    for draft in _drafts(output):
-        with suppress(OSError):  # another process may be deleting it
-            total += sum(file.stat().st_size for file in draft.iterdir())
-    return total
 
 
 def last_snapshot(output: Path) -> str:
@@ -181,7 +126,7 @@ def find_snapshot(output: Path, request: str | None) -> Path | None:
     if request is None or request.lower() == "false":
         return None
     if request.lower() == "true":
-        resumable = [folder for folder in _snapshots(output) if (folder / STATE).exists()]
+        resumable = [folder for folder in snapshots(output) if (folder / STATE).exists()]
         # Of several that were written at the same time, the one with the greatest number.
         return max(reversed(resumable), key=_time_written, default=None)
     if not (Path(request) / STATE).exists():
@@ -233,55 +178,34 @@ def read_tensors(folder: Path, expected: Mapping[str, tuple[int, ...]]) -> dict[
     return held
 
 
-def _snapshots(output: Path) -> list[Path]:
+def snapshots(output: Path) -> list[Path]:
     """All snapshots that were written to the end, in the order of their numbers."""
     found = [
         folder
         for folder in output.glob(f"{PREFIX}*")
         if folder.name.removeprefix(PREFIX).isdecimal() and folder.is_dir()
     ]
-    return sorted(found, key=_step_of)
+    return sorted(found, key=step_of)
 
 
-def _step_of(snapshot: Path) -> int:
+def step_of(snapshot: Path) -> int:
     return int(snapshot.name.removeprefix(PREFIX))
 
 
-def _drafts(output: Path) -> list[Path]:
-    return sorted(output.glob(f"{PREFIX}*{DRAFT}"))
-
-
-def _set_aside(folder: Path) -> Path:
+def set_aside(folder: Path) -> Path:
     """Rename a snapshot to a draft, which takes one moment; deleting takes many. Raises OSError.
 
     A network file system can rename a folder whose files are still open somewhere.
     """
+    draft = _unused_draft(folder)
+    os.replace(folder, draft)
+    return draft
+
+
+def _unused_draft(folder: Path) -> Path:
+    """A draft's name that nothing has; what cannot be deleted yet has others. Raises OSError."""
     for number in itertools.count():
         draft = folder.with_name(f"{folder.name}.{number}{DRAFT}")
         if not draft.exists():
-            os.replace(folder, draft)
             return draft
     raise AssertionError("itertools.count() ends never")
-
-
-def _cannot_delete(folder: Path, error: OSError) -> str:
-    return f"{folder} cannot be deleted: {error.strerror}; delete it when the run is over"
-
-
-def _sync(folder: Path) -> list[str]:
-    """Make sure that renames in a folder are on the disk, so that a power cut undoes none.
-
-    Returns a warning if the file system cannot do that. Raises OSError for one of DISK_ERRORS.
-    """
-    try:
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-    except OSError as error:
-        if error.errno in DISK_ERRORS:
-            raise
-        reason = f"{folder} cannot be flushed to the disk ({error.strerror})"
-        return [f"{reason}: a power cut may undo the last snapshot, but not the one before"]
-    return []

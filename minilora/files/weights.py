@@ -149,9 +149,9 @@ def read_parts(
     """Read each part from its file into its destination, converting the dtype.
 
     digest: counts each part as it lies in the file.
-    Returns the number of bytes read. Host memory beside the destinations: the size of the largest
-    part that is not packed, or of a reading. Raises RequestError if a file ended early or a weight
-    is not finite.
+    Returns the number of bytes read. Host memory beside the destinations: that of one reading, 4 MB
+    in bf16 where nothing is packed. Raises RequestError if a file ended early or a weight is not
+    finite.
     """
     bytes_read = 0
     # One buffer serves all parts: memory that is fresh from the system costs more than reading.

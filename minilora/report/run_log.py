@@ -12,12 +12,14 @@ import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from minilora.files.adapter import write_atomically
 from minilora.report.curves import LOG, PICTURE, draw_loss, read_log
 from minilora.settings.keys import steps_of
 from minilora.settings.settings import TrainSettings
@@ -187,7 +189,7 @@ class Report:
     def finish(self, **more: float) -> None:
         """Close the bar; write train_results.json, with more in it, and draw training_loss.png.
 
-        Raises OSError when a file cannot be written.
+        What cannot be written costs a warning: the adapter is whole by now.
         """
         self._bar.close()
         if not self._active:
@@ -209,7 +211,7 @@ class Report:
         # A run that found nothing left to train knows less than the file that is there.
         path = self._folder / RESULTS
         if totals.step > before.step or not path.exists():
-            path.write_text(json.dumps(results, indent=4) + "\n", encoding="utf-8")
+            self._write_results(path, results)
 
         if self._train.plot_loss:
             try:
@@ -218,6 +220,15 @@ class Report:
                 self.message(f"{PICTURE} is not drawn: pip install matplotlib")
             except OSError as error:  # the run is done, and its curves are in the log
                 self.message(f"warning: {PICTURE} is not drawn: {error.strerror}")
+
+    def _write_results(self, path: Path, results: Mapping[str, float]) -> None:
+        try:
+            write_atomically(path, (json.dumps(results, indent=4) + "\n").encode())
+        except OSError as error:
+            self.message(f"warning: {path} is not written: {error.strerror}")
+            # Results of an earlier run must not pass for those of this one.
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
 
     def _write_line_of_steps(self, record: StepRecord) -> None:
         """Write a log line of the steps since the last one, of which `record` is the last."""

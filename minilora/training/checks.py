@@ -25,7 +25,8 @@ from minilora.files.deepspeed_file import Facts, read_deepspeed_files
 from minilora.files.model_config import ModelConfig, read_model_config
 from minilora.files.model_families import window_problem
 from minilora.files.output_folder import check_room
-from minilora.files.snapshot import draft_bytes, find_snapshot
+from minilora.files.rotation import draft_bytes
+from minilora.files.snapshot import find_snapshot
 from minilora.files.weights import Checkpoint, read_checkpoint
 from minilora.memory.job import kept_blocks
 from minilora.memory.ways import Way, asked_way

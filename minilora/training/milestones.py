@@ -16,8 +16,9 @@ import numpy as np
 from torch import Tensor
 
 from minilora.data.steps import build_step, most_tokens, worst_span
-from minilora.files.adapter import check_adapter, read_adapter, write_adapter
-from minilora.files.snapshot import State, prune, snapshot_folder, write_snapshot
+from minilora.files.adapter import check_adapter, patiently, read_adapter, write_adapter
+from minilora.files.rotation import prune
+from minilora.files.snapshot import State, snapshot_folder, write_snapshot
 from minilora.processes.signals import Stopped
 from minilora.report.run_log import StepRecord
 from minilora.settings.errors import RunError
@@ -175,7 +176,7 @@ def finish(job: Job, best: Best) -> None:
 
         check_learned(adapter)
         bits = job.settings.model.quantization_bit
-        write_adapter(output, adapter, job.lora, job.base, bits)
+        patiently(partial(write_adapter, output, adapter, job.lora, job.base, bits))
         check_adapter(output, adapter)
 
     job.on_rank0(write)

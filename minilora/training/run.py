@@ -18,7 +18,8 @@ from minilora.data.tokenizer_files import TokenizerFiles
 from minilora.files.deepspeed_file import zero_stage
 from minilora.files.model_card import CARD, adapter_card, write_card
 from minilora.files.output_folder import claimed
-from minilora.files.snapshot import delete_drafts, last_snapshot
+from minilora.files.rotation import delete_drafts
+from minilora.files.snapshot import last_snapshot
 from minilora.files.weights import check_tied_head
 from minilora.memory.in_a_run import Forecast, OutOfMemory, foresee
 from minilora.memory.measured import is_out_of_memory, read_memory

@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 
 from minilora.files.output_folder import LOCK, check_room, claimed, is_claimed
-from minilora.files.snapshot import DRAFT, PREFIX, delete_drafts, draft_bytes
+from minilora.files.rotation import delete_drafts, draft_bytes
+from minilora.files.snapshot import DRAFT, PREFIX
 from minilora.settings.errors import RequestError
 
 IN_USE = f"in use by process {os.getpid()} on .*; name another folder"

@@ -16,6 +16,7 @@ from minilora.data.tokenizer_files import read_tokenizer_files
 from minilora.files.adapter import WEIGHTS
 from minilora.files.adapter_config import CONFIG
 from minilora.files.records import restored
+from minilora.files.rotation import prune
 from minilora.files.snapshot import (
     DRAFT,
     PREFIX,
@@ -23,7 +24,6 @@ from minilora.files.snapshot import (
     TENSORS,
     State,
     find_snapshot,
-    prune,
     read_state,
     write_snapshot,
 )
@@ -68,84 +68,6 @@ def test_a_power_cut_leaves_whole_files_and_no_half_snapshot(
     assert names[0] == WEIGHTS and names[-4:] == [CONFIG, TENSORS, STATE, "checkpoint-5"]
     prune(folder.parent, None, folder)
     assert [*synced][-1] == folder.parent, "the rename itself"
-
-
-def test_nothing_is_deleted_before_its_successor_is_on_the_disk(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for step in (1, 2):
-        (tmp_path / f"{PREFIX}{step}").mkdir()
-    at_sync = []
-    monkeypatch.setattr(os, "fsync", lambda _: at_sync.append(len(list(tmp_path.iterdir()))))
-    prune(tmp_path, 1, tmp_path / f"{PREFIX}2")
-    assert at_sync == [2] and len(list(tmp_path.iterdir())) == 1
-
-
-@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.ENOENT])
-def test_a_share_that_cannot_flush_a_folder_is_told_and_pruned(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
-) -> None:
-    for step in (1, 2):
-        (tmp_path / f"{PREFIX}{step}").mkdir()
-
-    def fail(_: int) -> None:
-        raise OSError(number, os.strerror(number))
-
-    monkeypatch.setattr(os, "fsync", fail)
-    (warning,) = prune(tmp_path, 1, tmp_path / f"{PREFIX}2")
-    assert f"{tmp_path} cannot be flushed to the disk ({os.strerror(number)})" in warning
-    assert [path.name for path in tmp_path.iterdir()] == [f"{PREFIX}2"]
-
-
-def test_a_broken_disk_is_no_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(_: int) -> None:
-        raise OSError(errno.EIO, os.strerror(errno.EIO))
-
-    monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(OSError, match="Input/output error"):
-        prune(tmp_path, 1, tmp_path / f"{PREFIX}2")
-
-
-def test_what_cannot_be_deleted_stays_as_a_draft_and_the_others_go(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A file that is open on another machine keeps its folder there: EBUSY."""
-    for step in (1, 2, 3):
-        (tmp_path / f"{PREFIX}{step}").mkdir()
-        (tmp_path / f"{PREFIX}{step}" / STATE).touch()
-    remove = os.rmdir
-
-    def busy(path: Any, **options: Any) -> None:
-        if f"{PREFIX}1" in str(path):
-            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), str(path))
-        remove(path, **options)
-
-    monkeypatch.setattr(os, "rmdir", busy)
-    (warning,) = prune(tmp_path, 1, tmp_path / f"{PREFIX}3")
-    draft = f"{PREFIX}1.0{DRAFT}"
-    assert warning.startswith(f"{tmp_path / draft} cannot be deleted: Device or resource busy")
-    assert {path.name for path in tmp_path.iterdir()} == {draft, f"{PREFIX}3"}
-    assert find_snapshot(tmp_path, "true") == tmp_path / f"{PREFIX}3"
-    monkeypatch.undo()
-    assert prune(tmp_path, 1, tmp_path / f"{PREFIX}3") == []
-    assert [path.name for path in tmp_path.iterdir()] == [f"{PREFIX}3"]
-
-
-def test_what_is_gone_already_needs_no_deleting(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Somebody else deletes an old snapshot at the same moment."""
-    for step in (1, 2, 3):
-        (tmp_path / f"{PREFIX}{step}").mkdir()
-    rename = os.replace
-
-    def late(old: Path, new: Path) -> None:
-        old.rmdir()
-        rename(old, new)
-
-    monkeypatch.setattr(os, "replace", late)
-    assert prune(tmp_path, 1, tmp_path / f"{PREFIX}3") == []
-    assert [path.name for path in tmp_path.iterdir()] == [f"{PREFIX}3"]
 
 
 def test_a_full_disk_leaves_no_draft(

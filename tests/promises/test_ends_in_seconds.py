@@ -26,6 +26,7 @@ from minilora.files.snapshot import (
 )
 from minilora.files.weights import INDEX
 from minilora.model.lora_shape import LoraShape
+from minilora.report.run_log import RESULTS
 from minilora.training.engine import MOMENTS
 from tests.support.fault_cases import Results, case, fault, run_cases
 from tests.support.runs import Ground, stage_file
@@ -102,6 +103,9 @@ def cases(ground: Ground, tmpfs: Callable[[str], Path | None]) -> list[dict[str,
         if folder := tmpfs("4m"):
             output = {"output_dir": str(folder / "out")}
             found.append(case(ground, name, fault("save", do, (0,), 2), **output))
+    if folder := tmpfs("4m"):
+        output = {"output_dir": str(folder / "out")}
+        found.append(case(ground, "full at the end", fault("results", "fill"), **output))
     return found
 
 
@@ -200,6 +204,22 @@ def test_a_network_share_costs_one_warning_and_no_bit(results: Results) -> None:
     assert (output / WEIGHTS).read_bytes() == (sound / WEIGHTS).read_bytes()
     assert find_snapshot(output, "true") == output / f"{PREFIX}6"
     check_whole(output / f"{PREFIX}6")
+
+
+def test_a_disk_that_is_full_at_the_end_costs_the_results_and_not_the_adapter(
+    results: Results,
+) -> None:
+    if "full at the end" not in results:
+        pytest.skip("mounting a file system needs root")
+    result = results["full at the end"]
+    assert result["codes"] == [0, 0], result
+    output = Path(result["job"]["output_dir"])
+    text = result["outputs"][0]
+    assert f"warning: {output / RESULTS} is not written: No space left on device" in text
+    assert "Traceback" not in "".join(result["outputs"])
+    assert not (output / RESULTS).exists(), "no half of it"
+    sound = Path(results["slow"]["job"]["output_dir"])
+    assert (output / WEIGHTS).read_bytes() == (sound / WEIGHTS).read_bytes()
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_update(results: Results) -> None:

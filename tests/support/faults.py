@@ -44,6 +44,7 @@ MOMENTS: dict[str, tuple[Any, str]] = {
     "loading": (engine, "read_parts"),
     "step": (engine.Engine, "step"),
     "log": (run_log.Report, "step"),
+    "results": (run_log.Report, "finish"),
     "save": (milestones, "write_snapshot"),
     "check": (milestones, "check_adapter"),
     "file of a save": (snapshot, "write_atomically"),
@@ -110,9 +111,11 @@ def happen(what: str, output: Path) -> None:
 def behave_as_a_share() -> None:
     """From now on the file system is one that cannot lock, flush folders, or delete what is open.
 
-    What is deleted is gone already every other time.
+    What is deleted is gone already every other time, and of the renamings of folders every other
+    one finds the folder busy.
     """
-    sync, remove, deletions = os.fsync, os.rmdir, [0]
+    sync, remove, rename = os.fsync, os.rmdir, os.replace
+    deletions, renamings = [0], [0]
 
     def fail(number: int) -> None:
         raise OSError(number, os.strerror(number))
@@ -129,8 +132,14 @@ def behave_as_a_share() -> None:
         remove(path, **options)
         fail(errno.ENOENT)
 
+    def rename_late(old: Any, new: Any) -> None:
+        renamings[0] += Path(old).is_dir()
+        if Path(old).is_dir() and renamings[0] % 2:
+            fail(errno.EBUSY)
+        rename(old, new)
+
     fcntl.flock = lambda *_: fail(errno.ENOLCK)
-    os.fsync, os.rmdir = sync_files_only, remove_late
+    os.fsync, os.rmdir, os.replace = sync_files_only, remove_late, rename_late
 
 
 def start_rank(case: dict[str, Any], rank: int, port: int, folder: Path) -> int:
