@@ -27,10 +27,11 @@ from tests.support.runs import Ground, make_ground
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """What starts processes through `launch`, if only in a fixture that is shared, is slow."""
+    """Marks as slow whole promises, whole commands, and what starts processes through `launch`."""
     config.stash[COLLECTED] = [item.nodeid for item in items]
     for item in items:
-        if "launch" in getattr(item, "fixturenames", ()):
+        whole = item.nodeid.startswith(("tests/promises/", "tests/commands/"))
+        if whole or "launch" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.slow)
 
 

@@ -50,7 +50,7 @@ def test_every_row_is_computed_once_with_the_labels_of_a_slow_reference(
         labelled += sum(label != -100 for label in labels)
     found = []
     for step in steps:
-        assert (step.tokens, step.labelled, step.rows.tolist()) == (tokens, labelled, rows)
+        assert (step.tokens, step.labelled, step.document_ids.tolist()) == (tokens, labelled, rows)
         own = []
         for span in step.spans:
             assert span.token_ids.dtype == span.labels.dtype == torch.int64

@@ -92,6 +92,7 @@ def test_published_sizes_have_the_published_parameters_and_are_planned(name: str
     assert 2 * elements / 7 < weights.bytes < 1.7 * 2 * elements / 7
 
 
+@pytest.mark.slow
 def test_the_qwen3_example_is_planned_as_it_stands(capsys: pytest.CaptureFixture[str]) -> None:
     folder = ROOT / "examples" / "qwen3-8b"
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))

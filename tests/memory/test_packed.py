@@ -87,6 +87,7 @@ def test_a_third_is_gathered_and_never_for_each_micro_batch() -> None:
     assert needs(step_tokens=65536).gathered == needs().gathered
 
 
+@pytest.mark.slow
 def test_24_gb_are_used_best_by_whole_weights_in_spans_of_a_tile() -> None:
     found = recommended(ways(Way("zero3", article(quantization_bit=4)), PACKED), CARD)
     assert found and (found.file, found.blocks) == ("zero0", "saved")
@@ -121,6 +122,7 @@ def test_70b_on_six_cards_of_16_gb_is_told_what_fits(capsys: pytest.CaptureFixtu
     assert "offload_activations: true" in output
 
 
+@pytest.mark.slow
 def test_where_bf16_does_not_fit_4_bits_are_offered(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--num_gpus", "7", "--gpu_memory", "13"]
     code, output = says(capsys, "llama31_8b_7x4090", *words)

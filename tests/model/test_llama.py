@@ -37,6 +37,7 @@ def test_logits_equal_transformers(changes: dict[str, object]) -> None:
     torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_logits_and_gradients_beyond_8192_positions() -> None:
     theirs = random_llama(num_hidden_layers=1)
     model = ours(theirs)

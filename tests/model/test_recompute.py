@@ -78,6 +78,7 @@ class Everything(nullcontext):
     parents = frozenset({"Global"})
 
 
+@pytest.mark.slow
 def test_exactly_one_more_forward_but_for_its_last_product_by_flops() -> None:
     tiles = [LENGTHS[:2], LENGTHS[2:]]
 

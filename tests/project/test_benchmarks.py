@@ -64,6 +64,7 @@ def test_the_gpu_command_runs_on_a_cpu(tmp_path: Path) -> None:
     assert "predicted" in "".join(printed[len(rows) :]) and "tokens/s" in printed[-1]
 
 
+@pytest.mark.slow
 def test_the_next_block_is_gathered_while_one_computes() -> None:
     """From before it begins until after it ends, in both directions; without prefetching never.
 

@@ -85,6 +85,7 @@ def test_a_page_shows_every_figure_once_in_order(page: Path, drawn: dict[str, st
     assert len(shown) == text_of(page).count("![")
 
 
+@pytest.mark.slow
 def test_every_number_of_the_pages_is_in_a_figure_or_in_the_plan(
     drawn: dict[str, str], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -101,6 +101,7 @@ def test_amounts_are_counted_from_the_documents() -> None:
     assert Amounts.of(documents, schedule) == Amounts(7 / 4, 8, 14)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("example", "words"),
     [
