@@ -65,6 +65,19 @@ def broken_base(ground: Ground) -> Path:
     return folder
 
 
+def untied_base(ground: Ground) -> Path:
+    """A copy of the tied base whose files hold another head than the embedding."""
+    folder = Path(shutil.copytree(ground.models["tiny_tied"], ground.folder / "untied-base"))
+    path = folder / INDEX
+    index = json.loads(path.read_text(encoding="utf-8"))
+    file = folder / index["weight_map"]["model.embed_tokens.weight"]
+    tensors = load_file(file)
+    save_file({**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"] + 1}, file)
+    index["weight_map"]["lm_head.weight"] = file.name
+    path.write_text(json.dumps(index), encoding="utf-8")
+    return folder
+
+
 def cases(ground: Ground, tmpfs: Callable[[str], Path | None]) -> list[dict[str, Any]]:
     impatient = {"ddp_timeout": PATIENCE}
     great = {"adapter_name_or_path": str(great_adapter(ground)), "warmup_steps": 0}
@@ -98,6 +111,8 @@ def cases(ground: Ground, tmpfs: Callable[[str], Path | None]) -> list[dict[str,
         case(ground, "gradient", **great),
         case(ground, "gradient alone", **great, **stage0),
         case(ground, "base", model_name_or_path=str(broken_base(ground))),
+        case(ground, "untied", model_name_or_path=str(untied_base(ground)),
+             adapter_name_or_path=str(ground.adapters["tiny_tied"])),
     ]  # fmt: skip
     for name, do in (("full", "fill"), ("read-only", "read-only")):
         if folder := tmpfs("4m"):
@@ -246,6 +261,11 @@ def test_a_weight_that_is_not_finite_is_named_though_another_rank_reads_it(
     result = results["base"]
     assert result["codes"] == [2, 2]
     assert ".safetensors: lm_head.weight holds NaN or infinite weights" in only_message(result)
+
+
+def test_a_head_that_is_tied_and_differs_is_refused_by_all_ranks(results: Results) -> None:
+    assert results["untied"]["codes"] == [2, 2]
+    assert "lm_head.weight differs from model.embed_tokens" in only_message(results["untied"])
 
 
 def test_two_runs_never_share_a_folder(results: Results) -> None:
