@@ -31,7 +31,7 @@ def count(
     words = ["-m", "benchmarks.memory", "--device", "cpu", "--size", "mid", "--ranks", str(ranks)]
     words += ["--cases", json.dumps([{**BASE, **case} for case in cases])]
     with_ = "torchrun" if real else "python"
-    code, output = launch(ranks if real else 1, words, with_=with_, timeout=1200)
+    code, output = launch(ranks if real else 1, words, with_=with_)
     assert code == 0, output
     rows = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
     assert len(rows) == len(cases), output

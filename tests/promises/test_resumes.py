@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from minilora.files.snapshot import DRAFT, STATE, TENSORS
+from tests.support.processes import HANGING_SECONDS
 from tests.support.runs import Ground, adapter, log, run_jobs, stage_file
 
 pytestmark = pytest.mark.slow  # nearly all of it starts processes
@@ -166,7 +167,7 @@ def run_and_kill(ground: Ground, settings: dict[str, Any], kills: int) -> list[d
     listed = ground.folder / f"kills-{Path(settings['output_dir']).name}.json"
     listed.write_text(json.dumps(settings), encoding="utf-8")
     words = [sys.executable, str(KILLS), str(listed), str(kills), "5"]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(words, capture_output=True, text=True, timeout=HANGING_SECONDS)
     assert done.returncode == 0, done.stdout + done.stderr
     return [json.loads(line) for line in done.stdout.splitlines() if line[0] == "{"]
 
