@@ -23,7 +23,7 @@ from minilora.settings.foreign_keys import (
     REFUSED,
     asks_for_nothing,
 )
-from minilora.settings.keys import GROUPS, all_settings
+from minilora.settings.keys import GROUPS, TEMPLATES, all_settings
 from minilora.settings.settings import ContradictionError, Settings
 from minilora.settings.settings_file import NULL, Given, Raw, read_file
 
@@ -65,8 +65,21 @@ def read_settings(argv: Sequence[str], command: str) -> Settings:
         if key not in given or given[key].raw is None:
             problems.append(f"{key} is missing: give it in the file or as --{key} VALUE")
     if problems:
-        raise RequestError(problems)
+        raise RequestError(problems + (_template_problems(given) if "dataset" in required else []))
     return settings
+
+
+def _template_problems(given: Mapping[str, Given]) -> list[str]:
+    """What is wrong with the template of a request that is refused anyway."""
+    raw = {key: value.raw for key, value in given.items()}
+    model, template = raw.get("model_name_or_path"), raw.get("template")
+    known = template is None or template in TEMPLATES  # another name has been refused by now
+    if not isinstance(model, str) or not known or raw.get("stage", "sft") != "sft":
+        return []
+    # Only a wrong request pays for these imports.
+    from minilora.data.template_check import template_problems
+
+    return template_problems(model, None if template is None else str(template))
 
 
 def read_options(

@@ -11,6 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 import torch
@@ -22,8 +23,6 @@ from minilora.files.adapter import WEIGHTS
 from minilora.files.adapter_config import CONFIG
 from minilora.files.model_config import read_model_config
 from tests.support.merging import PATTERNS, PLAIN, STABILISED, make, merge, model_of, tensors_of
-
-gguf = pytest.importorskip("gguf", reason="pip install gguf: llama.cpp's file format")
 
 WHOLE = {"use_dora": True, "modules_to_save": ["lm_head"]}
 

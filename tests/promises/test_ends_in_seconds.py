@@ -35,11 +35,11 @@ pytestmark = pytest.mark.slow  # nearly all of it starts processes
 
 # ddp_timeout of the cases that wait for it: longer than ranks of a busy machine keep each other
 # waiting.
-PATIENCE = 10
+PATIENCE = 20
 
 # In so many seconds after a fault all ranks have ended, also on a busy machine. A rank that nobody
 # ends would take ddp_timeout, half an hour, or sleep for SLEEP seconds.
-SECONDS = 100
+SECONDS = 300
 SLEEP = 600
 
 
@@ -62,6 +62,19 @@ def broken_base(ground: Ground) -> Path:
     tensors = load_file(file)
     tensors[name][-1, -1] = torch.nan
     save_file(tensors, file)
+    return folder
+
+
+def untied_base(ground: Ground) -> Path:
+    """A copy of the tied base whose files hold another head than the embedding."""
+    folder = Path(shutil.copytree(ground.models["tiny_tied"], ground.folder / "untied-base"))
+    path = folder / INDEX
+    index = json.loads(path.read_text(encoding="utf-8"))
+    file = folder / index["weight_map"]["model.embed_tokens.weight"]
+    tensors = load_file(file)
+    save_file({**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"] + 1}, file)
+    index["weight_map"]["lm_head.weight"] = file.name
+    path.write_text(json.dumps(index), encoding="utf-8")
     return folder
 
 
@@ -98,6 +111,8 @@ def cases(ground: Ground, tmpfs: Callable[[str], Path | None]) -> list[dict[str,
         case(ground, "gradient", **great),
         case(ground, "gradient alone", **great, **stage0),
         case(ground, "base", model_name_or_path=str(broken_base(ground))),
+        case(ground, "untied", model_name_or_path=str(untied_base(ground)),
+             adapter_name_or_path=str(ground.adapters["tiny_tied"])),
     ]  # fmt: skip
     for name, do in (("full", "fill"), ("read-only", "read-only")):
         if folder := tmpfs("4m"):
@@ -246,6 +261,11 @@ def test_a_weight_that_is_not_finite_is_named_though_another_rank_reads_it(
     result = results["base"]
     assert result["codes"] == [2, 2]
     assert ".safetensors: lm_head.weight holds NaN or infinite weights" in only_message(result)
+
+
+def test_a_head_that_is_tied_and_differs_is_refused_by_all_ranks(results: Results) -> None:
+    assert results["untied"]["codes"] == [2, 2]
+    assert "lm_head.weight differs from model.embed_tokens" in only_message(results["untied"])
 
 
 def test_two_runs_never_share_a_folder(results: Results) -> None:

@@ -262,9 +262,15 @@ def test_all_is_said_at_once(request_: Request) -> None:
 
 
 def test_the_template_is_among_what_is_said_at_once(request_: Request) -> None:
-    """An unknown name is told with the other settings, a broken one with the other files."""
+    """An unknown name is told with the other settings, a broken one with those and with files."""
     ask(template="llama4", lora_rank=0)(request_)
     assert len(request_.problems()) == 2
+    TOKENS["template: syntax"][0](request_)
+    ask(template="null")(request_)
+    rank, template = request_.problems()
+    assert "lora_rank" in rank and "chat template, line 2" in template
+    ask(template="llama3")(request_)
+    assert len(request_.problems()) == 1
     ask(template="null", lora_rank=4)(request_)
     for name in ("template: syntax", "deepspeed: another batch", "data: broken line"):
         CASES[name if name in CASES else f"tokens: {name}"][0](request_)

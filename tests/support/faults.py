@@ -152,7 +152,7 @@ def start_rank(case: dict[str, Any], rank: int, port: int, folder: Path) -> int:
     handle = os.open(folder / f"output-{rank}", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     os.dup2(handle, 1)
     os.dup2(handle, 2)
-    world.LINK_SECONDS = case.get("link_seconds", 30)
+    world.LINK_SECONDS = case.get("link_seconds", 300)
     for fault in case.get("faults", []):
         if rank in fault["ranks"]:
             inject(fault, case, folder / f"fault-{rank}")
