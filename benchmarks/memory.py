@@ -49,7 +49,7 @@ from minilora.settings.settings import (
 )
 from minilora.training.engine import ModelRecipe
 
-BLOCK_8B = 218_103_808  # elements of a block of the model that ds_configs is made for
+BLOCK_8B = 218_103_808  # elements of a block of the model that reduce_bucket_size is made for
 STEPS = 2  # DeepSpeed prefetches, and AdamW has its moments, from the second step on
 
 
@@ -76,6 +76,7 @@ class Case:
     packing: bool = False
     model_type: str = "llama"
     reduce_bucket_size: int | None = None
+    quantization_bit: int | None = None
     bf16: bool = True
     prefetch: bool = True
 
@@ -89,7 +90,7 @@ class Case:
 
     def settings(self) -> Settings:
         return Settings(
-            ModelSettings("made up"),
+            ModelSettings("made up", quantization_bit=self.quantization_bit),
             MethodSettings(
                 lora_rank=self.lora_rank,
                 lora_dropout=self.lora_dropout,
@@ -239,19 +240,17 @@ def _memory_job(case: Case, size: Size, ranks: int, on_gpu: bool) -> MemoryJob:
 
 def _shape(case: Case, size: Size) -> LlamaShape:
     config = size.config() | {"tie_word_embeddings": case.tied, "model_type": case.model_type}
-    return shape_from_config(config | {"head_dim": size.hidden // size.heads})
+    shape = shape_from_config(config | {"head_dim": size.hidden // size.heads})
+    return shape.in_bits(case.quantization_bit)
 
 
 def _ds_config(case: Case, size: Size, ranks: int) -> dict[str, Any]:
-    """The shipped file; its limits in elements keep their places between the sizes of tensors."""
-    facts = Facts(ranks, size.hidden, case.bf16)
+    """The shipped file; its bucket for gradients is as large beside a block as at 8B."""
+    facts = Facts(ranks, _shape(case, size), case.bf16)
     config = resolve_ds_config(find_ds_config(case.deepspeed), case.settings().train, facts)
     section = config["zero_optimization"]
-    for key, value in section.items():
-        if type(value) is int and value > 10:
-            section[key] = value * size.block // BLOCK_8B
-    if "stage3_param_persistence_threshold" in section:
-        section["stage3_param_persistence_threshold"] = size.smallest_weight - 1
+    if "reduce_bucket_size" in section:
+        section["reduce_bucket_size"] = section["reduce_bucket_size"] * size.block // BLOCK_8B
     if not case.prefetch:
         section["stage3_prefetch_bucket_size"] = 0
     if case.reduce_bucket_size:

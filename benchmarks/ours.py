@@ -136,9 +136,7 @@ def _settings(turns: Turns, size: Size) -> Settings:
 
 def _plan(turns: Turns, size: Size, settings: Settings) -> ModelRecipe:
     variant, shape = turns.order.variant, size.shape
-    facts = Facts(
-        variant.world, size.hidden, settings.train.computes_in_bf16(torch.cuda.is_available())
-    )
+    facts = Facts(variant.world, shape, settings.train.computes_in_bf16(torch.cuda.is_available()))
     path = _ds_file(turns, size)
     like = _like(turns)
     adapter = {
@@ -156,10 +154,10 @@ def _plan(turns: Turns, size: Size, settings: Settings) -> ModelRecipe:
 
 
 def _ds_file(turns: Turns, size: Size) -> Path:
-    """Ours for the stage; its limits in elements keep their places between the sizes of tensors.
+    """Ours for the stage, for a small model with limits of its own.
 
-    At 8B every LoRA matrix stays whole on each rank, every frozen one is partitioned, and a block
-    is fetched ahead; with the shipped numbers a small model would not be partitioned at all.
+    Every LoRA matrix stays whole on each rank, every frozen one is partitioned, and a block is
+    fetched ahead, as at 8B.
     """
     if turns.order.variant.file == "llama_factory":
         config: dict[str, Any] = LLAMA_FACTORY

@@ -70,11 +70,11 @@ def _run(own: argparse.Namespace, settings: Settings) -> int:
         raise RequestError([f"--{key} must be above 0" for key in wrong])
 
     # What is asked for, and what a GPU has.
-    config = read_model_config(settings.base)
+    config = read_model_config(settings.base, settings.model.quantization_bit)
     shape = config.shape
     if problems := window_problem(shape, settings.data.cutoff_len, "cutoff_len"):
         raise RequestError(problems)
-    facts = Facts(own.num_gpus, shape.hidden_size, settings.train.computes_in_bf16(on_gpu=True))
+    facts = Facts(own.num_gpus, shape, settings.train.computes_in_bf16(on_gpu=True))
     ds_configs = read_deepspeed_files(settings.train, facts)
     asked, files = asked_way(settings, shape, ds_configs, own.num_gpus, on_gpu=True)
     limit = int(own.gpu_memory * GIB * USABLE)
@@ -102,7 +102,7 @@ def _run(own: argparse.Namespace, settings: Settings) -> int:
     for line in _advice(config, asked.job.adapter, settings, own.num_gpus):
         print(line)
     if not fits:
-        print("", *_nearest(asked, files, limit), sep="\n")
+        print("", *_nearest(asked, files, limit), *_in_four_bits(settings, facts, limit), sep="\n")
     if own.plot:
         with drawing("--plot", own.plot):
             _plot(own.plot, compared, limit)
@@ -221,6 +221,23 @@ def _advice(config: ModelConfig, lora: LoraShape, settings: Settings, ranks: int
     lines = advice(config.values["model_type"], config.shape, lora, train, Amounts(rows))
     if lines:
         yield from ["", *lines]
+
+
+def _in_four_bits(settings: Settings, facts: Facts, limit: int) -> Iterator[str]:
+    """Lines: what would fit if the frozen weights were packed, where they are not and can be."""
+    if facts.shape.packed:
+        return
+    try:
+        shape = facts.shape.in_bits(4)
+    except RequestError:  # its rows cannot be cut into blocks of 64 weights
+        return
+    ds_configs = read_deepspeed_files(settings.train, replace(facts, shape=shape))
+    asked, files = asked_way(settings, shape, ds_configs, facts.world_size, on_gpu=True)
+    fitting = [asked] if asked.peak.total <= limit else nearest_that_fit(asked, files, limit)[:1]
+    for way in fitting:
+        yield "with frozen weights in 4 bits, which changes the losses a little:"
+        changes = ", ".join(["quantization_bit: 4", *way.changes(asked)])
+        yield f"  {way.peak.total / GIB:6.2f} GiB  {changes}"
 
 
 def _plot(path: str, compared: Sequence[Way], limit: int) -> None:

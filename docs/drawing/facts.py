@@ -46,7 +46,7 @@ def article() -> Job:
     ]
     settings = read_settings(words, "train")
     shape = read_model_config(settings.base).shape
-    facts = Facts(RANKS, shape.hidden_size, bf16=True)
+    facts = Facts(RANKS, shape, bf16=True)
     ds_configs = read_deepspeed_files(settings.train, facts)
     asked, _ = asked_way(settings, shape, ds_configs, RANKS, on_gpu=True)
     return asked.job

@@ -3,7 +3,8 @@
 "auto" means what it means in the HF Trainer (transformers' integrations/deepspeed.py), so that a
 file which was written for the Trainer or for LLaMA-Factory works unchanged. What becomes of every
 other key stands in deepspeed_keys.py; the one "auto" that the Trainer has not stands in
-second_partition.py.
+second_partition.py. ZeRO-3's limits that the file does not say follow from the model's block
+(zero3_limits.py).
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from typing import Any
 
 from minilora.files.deepspeed_keys import key_problems, what_deepspeed_gets
 from minilora.files.second_partition import fit_second_partition
+from minilora.files.zero3_limits import limits_from_block, limits_of_the_trainer
+from minilora.model.llama_shape import LlamaShape
 from minilora.settings.errors import RequestError
 from minilora.settings.settings import TrainSettings
 from minilora.settings.text_files import read_json
@@ -37,14 +40,14 @@ MONITORS = {
 
 @dataclass(frozen=True)
 class Facts:
-    """What "auto" values follow from, apart from the settings.
+    """What "auto" values and limits follow from, apart from the settings.
 
-    hidden_size: of the model. bf16: whether the run computes in bf16. machine_ranks: how many of
-    the ranks are on this machine, None if nobody says it, as where all are.
+    shape: of the model, as its weights are held. bf16: whether the run computes in bf16.
+    machine_ranks: how many of the ranks are on this machine, None if nobody says it: then all.
     """
 
     world_size: int
-    hidden_size: int
+    shape: LlamaShape
     bf16: bool
     machine_ranks: int | None = None
 
@@ -102,8 +105,11 @@ def resolve_ds_config(path: Path, train: TrainSettings, facts: Facts) -> dict[st
     config = what_deepspeed_gets(config)
 
     from_settings = _values_from_settings(train, facts)
-    for key, value in {**from_settings, **_sizes_from_model(facts.hidden_size)}.items():
+    for key, value in {**from_settings, **limits_of_the_trainer(facts.shape)}.items():
         _replace_auto(config, key, value)
+    zero = _section(config, "zero_optimization")
+    if zero.get("stage") == 3:
+        config["zero_optimization"] = limits_from_block(facts.shape) | dict(zero)
     problems += [
         *_contradictions(config, from_settings),
         *_foreign_scheduler(config),
@@ -149,15 +155,6 @@ def _values_from_settings(train: TrainSettings, facts: Facts) -> dict[str, Any]:
         "optimizer.params.eps": train.adam_epsilon,
         "optimizer.params.weight_decay": train.weight_decay,
         "bf16.enabled": facts.bf16,
-    }
-
-
-def _sizes_from_model(hidden_size: int) -> dict[str, int]:
-    """The sizes, in elements, that the HF Trainer puts for "auto"; others may stand there too."""
-    return {
-        "zero_optimization.reduce_bucket_size": hidden_size * hidden_size,
-        "zero_optimization.stage3_prefetch_bucket_size": int(0.9 * hidden_size * hidden_size),
-        "zero_optimization.stage3_param_persistence_threshold": 10 * hidden_size,
     }
 
 

@@ -14,8 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from minilora.model.nf4 import PIECE
-from minilora.model.nf4_shape import packed_columns
+from minilora.model.nf4_shape import PIECE, packed_columns
 
 
 @dataclass(frozen=True)

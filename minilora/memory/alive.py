@@ -16,6 +16,7 @@ from minilora.memory.block import BlockMemory, rows
 from minilora.memory.gradients import gradients
 from minilora.memory.job import MemoryJob
 from minilora.memory.terms import Tensor, Term
+from minilora.memory.unpacked import Unpacked
 from minilora.memory.zero3_gathers import Visit
 
 Moment = tuple[str, list[Term]]
@@ -47,6 +48,7 @@ class Alive:
     def __init__(self, job: MemoryJob) -> None:
         self._job = job
         self._block = BlockMemory.of(job)
+        self._work = {saves: Unpacked.of(job, saves) for saves in (False, True)}
         self._inputs = _inputs(job)
 
     def moments(self, visit: Visit) -> Iterator[Moment]:
@@ -80,13 +82,25 @@ class Alive:
             states = ["gradient of the block's output"]
             yield "gather", self._alive(visit, before if fetched_later else with_it, states)
             states = ["gradient of the block's output", "gradient of the block's input"]
-            yield "recompute", self._alive(visit, with_it, states, [self._block.backward[saves]])
+            work = self._work[saves]
+            widest = [self._block.backward[saves], *work.in_backward]
+            yield "recompute", self._alive(visit, with_it, states, widest)
+            if work.backward_at_first:
+                first = work.backward_at_first
+                yield "recompute", self._alive(visit, with_it, states, first, first_tile=True)
+            if work.backward_of_first_tile:
+                first = work.backward_of_first_tile
+                yield "recompute", self._alive(visit, before, states, first, first_tile=True)
         else:
             # Of a block that recomputes, the input is saved from the start.
             states = ["block's input"] if saves else []
             yield "gather", self._alive(visit, Saved(with_it.inputs, before.blocks), states)
             states = ["block's output"]
-            yield "forward", self._alive(visit, with_it, states, [self._block.forward[saves]])
+            work = self._work[saves]
+            widest = [self._block.forward[saves], *work.in_forward]
+            yield "forward", self._alive(visit, with_it, states, widest)
+            if work.forward_at_last:
+                yield "forward", self._alive(visit, with_it, states, work.forward_at_last)
 
     def _of_the_head(self, visit: Visit) -> Iterator[Moment]:
         job, saved = self._job, self._saved_before(visit)
@@ -129,25 +143,30 @@ class Alive:
         saved: Saved,
         hidden_states: Sequence[str],
         work: Sequence[Term] | None = None,
+        first_tile: bool = False,
     ) -> list[Term]:
-        """All lines of a moment. Without `work` the visit's parameters may be arriving still."""
+        """All lines of a moment. Without `work` the visit's parameters may be arriving still.
+
+        first_tile: whether it is in a block's backward of its first tile.
+        """
         n, size = self._job.span, self._job.size
         d = self._job.shape.hidden_size
-        own = sum(visit.module.own.values())
         gathered = visit.arriving if work is None else visit.held
+        # Bytes of packed weights are counted as they are, others in the elements that they have.
+        each = 1 if self._job.shape.packed else size
 
         inputs = [Tensor("block's input", n, d, "llama.py Block", saved.inputs)]
         activations = rows(n, self._block.saved, saved.blocks) if saved.blocks else []
         states = [Tensor(name, n, d) for name in hidden_states]
         return [
-            Term("parameters", f"gathered: {visit.module.name}", own, size),
-            Term("parameters", "gathered ahead, and buffers", gathered - own, size),
+            Term("parameters", f"gathered: {visit.module.name}", visit.own // each, each),
+            Term("parameters", "gathered ahead, and buffers", (gathered - visit.own) // each, each),
             Term.of("block inputs saved", inputs, size),
             Term.of("activations saved", activations, size),
             Term.of("hidden states", states, size),
             *self._inputs,
             *(work or ()),
-            *gradients(self._job, visit),
+            *gradients(self._job, visit, first_tile),
         ]
 
 

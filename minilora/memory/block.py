@@ -9,7 +9,7 @@ order in which the tensors are made.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from minilora.memory.job import MemoryJob
@@ -168,16 +168,36 @@ def _forward(job: MemoryJob, saves: bool) -> list[Tensor]:
         # On a CPU. On a GPU this stands for the queries before their rotation.
         PerToken("attended, documents joined", q, "attention.py causal_attention: cat"),
     ]
-    residual = [
-        PerToken("MLP's input", d, "llama.py Block: residual after attention"),
-        PerToken("MLP's input, normed", d, "llama.py MLP"),
-    ]
     wide = [
         PerToken("gate", f, "llama.py MLP: gate_proj"),
         PerToken("up", f, "llama.py MLP: up_proj"),
         PerToken("silu(gate) x up", f, "swiglu.py swiglu"),
     ]
-    return _larger(rows(job.tile, attention), [*rows(job.tile, residual), *rows(job.piece, wide)])
+    return _larger(rows(job.tile, attention), _forward_of_mlp(job, wide))
+
+
+def _forward_of_mlp(job: MemoryJob, wide: Sequence[PerToken]) -> list[Tensor]:
+    """In the MLP of a block that recomputes, when there are these tensors between its products."""
+    d = job.features[0]
+    residual = [
+        PerToken("MLP's input", d, "llama.py Block: residual after attention"),
+        PerToken("MLP's input, normed", d, "llama.py MLP"),
+    ]
+    return [*rows(job.tile, residual), *rows(job.piece, wide)]
+
+
+def forward_at_unpacking(job: MemoryJob, saves: bool) -> list[Tensor]:
+    """The working set of forward when down_proj is unpacked, which is before its product."""
+    if saves:
+        return []
+    f = job.features[1]
+    return _forward_of_mlp(job, [PerToken("silu(gate) x up", f, "swiglu.py swiglu")])
+
+
+def backward_at_unpacking(job: MemoryJob, saves: bool) -> list[Tensor]:
+    """The working set of backward when down_proj is unpacked: in the first tile, at its start."""
+    one_tile = replace(job, step_tokens=job.tile)  # there is no gradient of a tile before it
+    return _backward_of_mlp(one_tile, saves, wide=[])
 
 
 def _backward(job: MemoryJob, saves: bool) -> list[Tensor]:
@@ -185,19 +205,20 @@ def _backward(job: MemoryJob, saves: bool) -> list[Tensor]:
 
     Of a block that recomputes, all that its forward saves for a tile is part of it.
     """
-    if saves:
-        return _backward_of_mlp(job, saves=True)
-    return _larger(_backward_of_mlp(job, saves=False), _backward_of_attention(job))
-
-
-def _backward_of_mlp(job: MemoryJob, saves: bool) -> list[Tensor]:
-    """At the backward of swiglu. With dropout that of down_proj takes as much."""
-    d, f, _, _ = job.features
+    f = job.features[1]
+    # At the backward of swiglu. With dropout that of down_proj takes as much.
     wide = [
         # The gradient of silu(gate) x up has the place of that product, which is let go before.
         PerToken("gradient of gate", f, "swiglu.py swiglu: backward"),
         PerToken("gradient of up", f, "swiglu.py swiglu: backward"),
     ]
+    in_mlp = _backward_of_mlp(job, saves, wide)
+    return in_mlp if saves else _larger(in_mlp, _backward_of_attention(job))
+
+
+def _backward_of_mlp(job: MemoryJob, saves: bool, wide: Sequence[PerToken]) -> list[Tensor]:
+    """In the backward of the MLP, when there are these gradients between its products."""
+    d = job.features[0]
     if job.piece == job.tile:
         if saves:
             return rows(job.tile, wide)
@@ -228,10 +249,14 @@ def _backward_of_mlp(job: MemoryJob, saves: bool) -> list[Tensor]:
 
 def _backward_of_attention(job: MemoryJob) -> list[Tensor]:
     """At the backward of the attention kernel, when nothing of the MLP is left."""
+    return [*rows(job.tile, saved_by_attention(job)), *backward_of_attention(job)]
+
+
+def backward_of_attention(job: MemoryJob) -> list[Tensor]:
+    """The same, beside what attention has saved."""
     d, _, q, k = job.features
     kernel = "attention.py causal_attention: backward"
     table = [
-        *saved_by_attention(job),
         PerToken("gradient of attention's output", d, "llama.py Block: residual"),
         PerToken("gradient of attended", q, "linear.py linear: backward of o_proj"),
         PerToken("gradient of the queries", q, kernel),

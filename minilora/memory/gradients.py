@@ -12,12 +12,12 @@ from minilora.model.lora_shape import WHOLE
 PART = "accumulation"
 
 
-def gradients(job: MemoryJob, visit: Visit) -> Iterator[Term]:
+def gradients(job: MemoryJob, visit: Visit, first_tile: bool = False) -> Iterator[Term]:
     """Those of the adapter, and of head and embedding where they are trained.
 
     At stage 3 the shard of all gradients and its bucket are always there, so that they are not
     counted here. From stage 1 on gradients are in the dtype that is computed with, at stage 0 in
-    fp32.
+    fp32. first_tile: whether the backward of a block is in its first tile yet.
     """
     stage, layers = job.zero.stage, job.shape.num_layers
     several_spans = job.spans > 1
@@ -26,7 +26,7 @@ def gradients(job: MemoryJob, visit: Visit) -> Iterator[Term]:
     in_block = visit.backward and index is not None
     blocks_done = layers - 1 - index if visit.backward and index is not None else 0
 
-    if in_block and job.span > job.tile:
+    if in_block and job.span > job.tile and not first_tile:
         # In recompute's backward; with one tile there is nothing to sum.
         yield Term(PART, "gradients summed over tiles, fp32", block, 4)
         yield Term(PART, "gradients of the last tile", block, job.size if stage else 4)

@@ -87,12 +87,13 @@ class MemoryJob:
         sizes = self.shape.linear_shapes()
         return self.shape.hidden_size, sizes["up_proj"][0], sizes["q_proj"][0], sizes["k_proj"][0]
 
-    def pinned(self, elements: int) -> int:
+    def pinned(self, elements: int, itemsize: int | None = None) -> int:
         """Bytes that a tensor takes in pinned host memory: on a GPU, the next power of two.
 
-        Source: PowerOf2Ceil in ATen/core/CachingHostAllocator.h of torch.
+        itemsize: bytes of an element, if not those of what is computed with. Source: PowerOf2Ceil
+        in ATen/core/CachingHostAllocator.h of torch.
         """
-        size = elements * self.size
+        size = elements * (itemsize or self.size)
         return 1 << (size - 1).bit_length() if self.on_gpu else size
 
 

@@ -7,15 +7,14 @@ come those that are there all the time (below), and the moment with the most byt
 from __future__ import annotations
 
 import functools
-import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 from minilora.memory.alive import Alive
 from minilora.memory.job import MemoryJob
 from minilora.memory.terms import Term
 from minilora.memory.zero3_gathers import Gathers, Zero, modules_in_order
-from minilora.model.llama_shape import LlamaShape
+from minilora.model.llama_shape import Held, LlamaShape
 from minilora.model.lora_shape import WHOLE
 
 GIB = 2**30  # bytes
@@ -83,6 +82,7 @@ def peak_memory(job: MemoryJob) -> PeakMemory:
         job.zero,
         job.ranks,
         tuple(job.lora.items()),
+        job.size,
         embedding_trained=WHOLE["embed_tokens"] in job.whole,
     )
     alive = Alive(job)
@@ -100,7 +100,7 @@ def peak_memory(job: MemoryJob) -> PeakMemory:
         terms=tuple(term for term in all_terms if term.bytes),
         peak_moment=peak_moment,
         by_moment=by_moment,
-        gathered=gathers.gathered * job.size * job.spans,
+        gathered=gathers.gathered * job.spans,
         host=tuple(_host(job)),
     )
 
@@ -111,30 +111,36 @@ def _gathers(
     zero: Zero,
     ranks: int,
     lora: tuple[tuple[str, int], ...],
+    size: int,
     embedding_trained: bool,
 ) -> Gathers:
     """The gathers of a micro-step; none below stage 3, and none of a rank that is alone.
 
-    lora: the trained tensors of a block by name, in elements.
-    Of the tensors of a block, only those above stage3_param_persistence_threshold are partitioned.
+    lora: the trained tensors of a block by name, in elements. size: bytes of an element that is not
+    packed. Of the tensors of a block, only those above stage3_param_persistence_threshold are
+    partitioned.
     """
     partitioned = zero.stage == 3 and ranks > 1
+    matrices = shape.held_matrices()
     in_block: dict[str, int] = {}
     embedding: dict[str, int] = {}
     head: dict[str, int] = {}
     if partitioned:
-        linear = {name: rows * columns for name, (rows, columns) in shape.linear_shapes().items()}
         threshold = zero.stage3_param_persistence_threshold
-        in_block = {name: size for name, size in [*linear.items(), *lora] if size > threshold}
+        in_block = {name: count for name, count in [*matrices.items(), *lora] if count > threshold}
         embedding = {"table": shape.vocab_size * shape.hidden_size}
         head = embedding if shape.tied else {"head": embedding["table"]}
 
     blocks = [
-        {f"{index} {name}": size for name, size in in_block.items()}
+        {f"{index} {name}": count for name, count in in_block.items()}
         for index in range(shape.num_layers)
     ]
     modules, backward_from = modules_in_order(blocks, embedding, head, embedding_trained)
-    return Gathers(modules, backward_from, zero, ranks)
+    itemsizes = {name: size for module in modules for name in module.own}
+    if shape.packed:
+        packed = [f"{index} {name}" for index in range(shape.num_layers) for name in matrices]
+        itemsizes |= dict.fromkeys(packed, 1)
+    return Gathers(modules, backward_from, zero, ranks, itemsizes)
 
 
 def _resident(job: MemoryJob) -> Iterator[Term]:
@@ -144,19 +150,23 @@ def _resident(job: MemoryJob) -> Iterator[Term]:
     rank has its shard of it besides.
     """
     zero, size = job.zero, job.size
-    base = [n for name, n in _weights(job.shape).items() if name not in job.whole]
+    held = job.shape.held(size)
+    base = [parameter for name, parameter in held.items() if name not in job.whole]
     trained = [*job.lora.values()] * job.shape.num_layers + [*job.whole.values()]
     trained_shard = _shard(trained, job.ranks)
     split = f"{sum(trained):,} / {job.ranks}"
 
     if zero.stage < 3:
-        yield Term("parameters", "weights, replica", sum(base), size)
+        yield from _weights(base, "weights, replica", [n.elements for n in base])
         # DeepSpeed keeps fp32 masters from stage 1 on; at stage 0 the adapter itself is in fp32.
         yield Term("parameters", "LoRA, whole", sum(trained), size if zero.stage else 4)
     else:
-        shard = 0 if zero.offload_param else _shard(base, job.ranks)
-        weights = shard + _whole_as_well(base, job)
-        yield Term("parameters", "weights, shard", weights, size, f"{sum(base):,} / {job.ranks}")
+        on_gpu = [0 if zero.offload_param else -(-n.elements // job.ranks) for n in base]
+        kept = [
+            part + _whole_as_well([parameter.elements], job)
+            for part, parameter in zip(on_gpu, base, strict=True)
+        ]
+        yield from _weights(base, "weights, shard", kept, job.ranks)
         lora = trained_shard + _whole_as_well(trained, job)
         yield Term("parameters", "LoRA, shard and whole", lora, size)
         yield Term("accumulation", "LoRA gradients, shard", trained_shard, size, split)
@@ -168,6 +178,21 @@ def _resident(job: MemoryJob) -> Iterator[Term]:
     else:
         yield Term("optimizer states", "LoRA master, fp32", trained_shard, 4, split)
         yield Term("optimizer states", "Adam moments, fp32", trained_shard, moments, split)
+
+
+def _weights(
+    base: Sequence[Held], name: str, kept: Sequence[int], ranks: int = 1
+) -> Iterator[Term]:
+    """Lines for the frozen weights: packed ones, if there are any, and the others.
+
+    kept: elements of each that this rank holds.
+    """
+    for itemsize in sorted({parameter.itemsize for parameter in base}):
+        of_this = [n for n, parameter in enumerate(base) if parameter.itemsize == itemsize]
+        whole = sum(base[n].elements for n in of_this)
+        line = f"{name}, packed" if itemsize == 1 else name
+        origin = f"{whole:,} / {ranks}" if ranks > 1 else ""
+        yield Term("parameters", line, sum(kept[n] for n in of_this), itemsize, origin)
 
 
 def _shard(sizes: list[int], ranks: int) -> int:
@@ -196,20 +221,18 @@ def _fixed(job: MemoryJob, tensors: int) -> list[Term]:
 def _host(job: MemoryJob) -> Iterator[Term]:
     """Memory of the machine, for all ranks on it."""
     shape, ranks = job.shape, job.ranks
-    weights = _weights(shape).values()
+    weights = shape.held(job.size).values()
 
     inputs = shape.num_layers - job.keep_blocks if job.offload_activations else 0
     input_bytes = job.pinned(job.span * shape.hidden_size)
     shards = 0
     if job.zero.offload_param:
-        shards = ranks * sum(job.pinned(-(-size // ranks)) for size in weights)
+        shards = ranks * sum(
+            job.pinned(-(-parameter.elements // ranks), parameter.itemsize) for parameter in weights
+        )
 
     yield Term("host", "processes, estimate", ranks, PROCESS)
     yield Term("host", "block inputs, pinned", ranks * inputs, input_bytes)
     yield Term("host", "weights, pinned", shards, 1)
-    yield Term("host", "page cache of the files", sum(weights), 2)  # files are in bf16
-
-
-def _weights(shape: LlamaShape) -> dict[str, int]:
-    """Elements of each tensor of the checkpoint."""
-    return {name: math.prod(size) for name, size in shape.parameter_shapes().items()}
+    files = replace(shape, packed=False)
+    yield Term("host", "page cache of the files", files.held_bytes(2), 1)  # files are in bf16

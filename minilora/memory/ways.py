@@ -150,7 +150,7 @@ def recommended(found: Sequence[Way], limit: int) -> Way | None:
     """The fastest of those that leave some memory free, or None if none does.
 
     What costs most time is compared first: weights that come from the host, bytes gathered, blocks
-    that are recomputed, inputs that are moved to the host.
+    that are recomputed, inputs that are moved to the host, gradients that are exchanged.
     """
 
     def cost(way: Way) -> tuple[float, ...]:
@@ -160,12 +160,26 @@ def recommended(found: Sequence[Way], limit: int) -> Way | None:
             way.peak.gathered,
             -job.keep_blocks,
             job.offload_activations,
+            _exchanged(job),
             job.spans,
             abs(job.tile_tokens - TILES[0]),
             way.peak.total,
         )
 
     return min((way for way in found if way.peak.total <= MARGIN * limit), key=cost, default=None)
+
+
+def _exchanged(job: MemoryJob) -> int:
+    """Bytes per trained weight that a rank sends in a step, for gradients and new weights.
+
+    At stages 0 and 1 the ranks exchange gradients once a step, at stages 2 and 3 after each span.
+    An all-reduce sends them twice: once to be summed, once as sums. At stages 1 and 2 each rank
+    hands out the weights that it has updated.
+    """
+    if job.zero.stage == 0:
+        return 2 * 4  # in fp32
+    gradients = 2 if job.zero.stage == 1 else job.spans
+    return job.size * (gradients + (job.zero.stage < 3))
 
 
 def nearest_that_fit(asked: Way, files: Mapping[str, Zero], limit: int) -> list[Way]:

@@ -3,8 +3,8 @@
 Below, each rule names the function of DeepSpeed 0.19 that it restates. Two files of
 deepspeed/runtime/zero are meant: the coordinator (partitioned_param_coordinator.py, class
 PartitionedParameterCoordinator), which decides what is gathered and released, and
-partition_parameters.py, which allocates the buffers. In this file a parameter is a name and a
-number of elements; bytes are the caller's.
+partition_parameters.py, which allocates the buffers. A parameter is a name and a number of
+elements, since that is what DeepSpeed's rules count. What is held is counted in bytes.
 """
 
 from __future__ import annotations
@@ -59,30 +59,34 @@ class Module(NamedTuple):
 class Visit(NamedTuple):
     """One call of a module, in forward or in backward.
 
-    arriving: the most elements held while its parameters arrive; held: while it computes. Both
-    count gathered parameters and the buffers that they were gathered into.
+    own: bytes of its own parameters. arriving: the most bytes held while they arrive; held: while
+    it computes. Both count gathered parameters and the buffers that they were gathered into.
     """
 
     module: Module
     backward: bool
     arriving: int
     held: int
+    own: int
 
 
 class _GatherCall:
     """Parameters that one all-gather brings.
 
-    In partition_parameters.py, `_all_gather_dtype` gathers several parameters into one buffer, and
-    `AllGatherCoalescedHandle.wait` copies each of them out of it. `_all_gather_sequential`, which
-    gathers a single parameter, copies nothing: the parameter keeps the buffer. A buffer holds one
-    equal part of each rank, so that its size is rounded up to a multiple of the ranks.
+    In partition_parameters.py, `_all_gather_dtype` gathers several parameters of one dtype into
+    one buffer, and `AllGatherCoalescedHandle.wait` copies each of them out of it.
+    `_all_gather_sequential`, which gathers a single parameter, copies nothing: the parameter keeps
+    the buffer. A buffer holds one equal part of each rank, so that each parameter's size in it is
+    rounded up to a multiple of the ranks.
     """
 
-    def __init__(self, sizes: Mapping[str, int], ranks: int) -> None:
-        self.sizes = sizes
-        self.gathered = ranks * sum(-(-size // ranks) for size in sizes.values())
+    def __init__(self, sizes: Mapping[str, int], itemsizes: Mapping[str, int], ranks: int) -> None:
+        self.elements = sum(sizes.values())
+        self.gathered = sum(
+            ranks * -(-size // ranks) * itemsizes[name] for name, size in sizes.items()
+        )
         self.buffer = self.gathered
-        self._coming = sizes
+        self._coming: Mapping[str, int] = {n: size * itemsizes[n] for n, size in sizes.items()}
 
     def wait(self) -> Mapping[str, int]:
         """The parameters that are new, all of them at the first wait, and what each occupies."""
@@ -94,22 +98,29 @@ class _GatherCall:
 
 
 class Gathers:
-    """The visits of a micro-step, and how many elements it gathers (`gathered`).
+    """The visits of a micro-step, and how many bytes it gathers (`gathered`).
 
     It is any micro-step but the first of a run. In that one DeepSpeed records the order of the
     modules, and prefetches nothing (`reset_step` of the coordinator).
     """
 
     def __init__(
-        self, modules: Sequence[Module], backward_from: int, zero: Zero, ranks: int
+        self,
+        modules: Sequence[Module],
+        backward_from: int,
+        zero: Zero,
+        ranks: int,
+        itemsizes: Mapping[str, int] | None = None,
     ) -> None:
         """modules: in the order in which they are called, backward from index `backward_from` on.
 
-        ranks: among which the parameters are partitioned.
+        ranks: among which the parameters are partitioned. itemsizes: bytes of an element, by the
+        name of the parameter; without them one each, so that elements are counted.
         """
         self.gathered = 0
         self._modules, self._zero, self._ranks = modules, zero, ranks
         self._sizes = {name: size for module in modules for name, size in module.own.items()}
+        self._itemsizes = itemsizes or dict.fromkeys(self._sizes, 1)
 
         # The state of the coordinator, with its names for it.
         self._available: dict[str, int] = {}  # ZeroParamStatus.AVAILABLE: what each occupies
@@ -122,7 +133,7 @@ class Gathers:
         self._last_fetched_for = dict.fromkeys(self._sizes, -1)
 
         self.visits = [
-            Visit(module, at >= backward_from, *self._visit(at, module))
+            Visit(module, at >= backward_from, *self._visit(at, module), self._own(module))
             for at, module in enumerate(modules)
         ]
 
@@ -142,18 +153,22 @@ class Gathers:
         self._release(at + 1, module)
         return max(arriving, held), held
 
+    def _own(self, module: Module) -> int:
+        return sum(size * self._itemsizes[name] for name, size in module.own.items())
+
     def _is_here(self, name: str) -> bool:
         return name in self._available or name in self._in_flight
 
     def _gather(self, names: Sequence[str]) -> None:
         """`__all_gather_params_`: one call for all parameters that are missing."""
-        call = _GatherCall({name: self._sizes[name] for name in names}, self._ranks)
+        sizes = {name: self._sizes[name] for name in names}
+        call = _GatherCall(sizes, self._itemsizes, self._ranks)
         self._in_flight |= dict.fromkeys(names, call)
-        self._available_elements += sum(call.sizes.values())
+        self._available_elements += call.elements
         self.gathered += call.gathered
 
     def _wait(self, module: Module) -> int:
-        """Wait for the module's own parameters. Returns the most elements held meanwhile.
+        """Wait for the module's own parameters. Returns the most bytes held meanwhile.
 
         All parameters of a call become available at its first wait, and its buffer is let go when
         the last of them has been waited for. DeepSpeed waits in the order of a set, which is
@@ -217,7 +232,7 @@ class Gathers:
             self._available_elements -= self._sizes[name]
 
     def _memory(self) -> int:
-        """Elements of all that is gathered, and of the buffers of calls in flight."""
+        """Bytes of all that is gathered, and of the buffers of calls in flight."""
         buffers = {id(call): call.buffer for call in self._in_flight.values()}
         return sum(self._available.values()) + sum(buffers.values())
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from minilora.model.nf4_shape import packed_shapes
 
@@ -29,6 +30,17 @@ class Rope:
     high_freq_factor: float = 4.0
     original_max_position: int = 8192
     attention_factor: float = 1.0
+
+
+class Held(NamedTuple):
+    """A parameter as it is held in memory: its elements, and the bytes of each."""
+
+    elements: int
+    itemsize: int
+
+    @property
+    def bytes(self) -> int:
+        return self.elements * self.itemsize
 
 
 @dataclass(frozen=True)
@@ -157,13 +169,24 @@ class LlamaShape:
             shapes |= packed_shapes({f"{path}.weight": size for path, size in layers.items()})
         return shapes
 
+    def held(self, number_bytes: int) -> dict[str, Held]:
+        """Every parameter as it is held, where a number that is not packed takes number_bytes."""
+        packed = {f"{path}.weight" for path in self.linear_layers()} if self.packed else set()
+        return {
+            name: Held(math.prod(shape), 1 if name in packed else number_bytes)
+            for name, shape in self.held_shapes().items()
+        }
+
     def held_bytes(self, number_bytes: int) -> int:
         """Bytes of all parameters where a number that is not packed takes number_bytes."""
-        packed = {f"{path}.weight" for path in self.linear_layers()} if self.packed else set()
-        return sum(
-            math.prod(shape) * (1 if name in packed else number_bytes)
-            for name, shape in self.held_shapes().items()
-        )
+        return sum(parameter.bytes for parameter in self.held(number_bytes).values())
+
+    def held_matrices(self) -> dict[str, int]:
+        """Elements of each linear layer's weight of one block as it is held: bytes if packed."""
+        sizes = self.linear_shapes()
+        if self.packed:
+            sizes = packed_shapes(sizes)
+        return {name: rows * columns for name, (rows, columns) in sizes.items()}
 
 
 def _parent(name: str) -> str:

@@ -19,10 +19,9 @@ from collections.abc import Callable, Iterator
 from functools import cache
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from minilora.model.nf4_shape import BLOCK, packed_columns, unpacked_columns
+from minilora.model.nf4_shape import BLOCK, PIECE, packed_columns, unpacked_columns
 
 # Appendix E of the paper, in fp32: seven quantiles below zero, zero, and eight above it, divided by
 # the largest.
@@ -32,9 +31,6 @@ LEVELS = (
     0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
-
-# How many weights are packed or unpacked at a time. That takes 32 MiB of scratch memory.
-PIECE = 2**22
 
 # A smaller absmax is not divided by, as in bitsandbytes: 0 / 0 would be nan.
 SMALLEST_DIVISOR = 1e-38
@@ -105,20 +101,25 @@ def _levels(device: torch.device) -> Tensor:
 
 def _unpack_plain(packed: Tensor, levels: Tensor, weight: Tensor) -> None:
     """packed: (out, in * 17 / 32) uint8; levels: (16,) fp32; weight: (out, in), is written to."""
-    # The two levels of every byte, (256, 2): one look-up gives two weights.
-    pairs = torch.stack([levels.repeat_interleave(16), levels.repeat(16)], -1)
+    # The two levels of every byte: one look-up gives two weights. As one number of 64 bits each,
+    # (256,), because a CPU looks single numbers up three times as fast as rows of two.
+    both = torch.stack([levels.repeat_interleave(16), levels.repeat(16)], -1)
+    pairs = both.view(torch.int64).flatten()
     for piece, target in _pieces(packed, weight, PIECE // weight.shape[1]):
         _unpack_piece(piece, pairs, target)
 
 
 def _unpack_piece(packed: Tensor, pairs: Tensor, weight: Tensor) -> None:
-    """packed: (out, in * 17 / 32) uint8; pairs: (256, 2) fp32; weight: (out, in), is written to."""
+    """packed: (out, in * 17 / 32) uint8; pairs: (256,) of two fp32 each, as int64; weight: (out,
+    in), is written to.
+    """
     rows, columns = weight.shape
     numbers, scales = torch.split(packed, [columns // 2, columns // 32], -1)
     # A copy: bytes can be viewed as bf16 only where the first has an even address.
     absmax = scales.clone().view(torch.bfloat16).float().unsqueeze(-1)
-    levels = F.embedding(numbers.int(), pairs).view(rows, -1, BLOCK)
-    torch.mul(levels, absmax, out=weight.view(rows, -1, BLOCK))
+    levels = torch.index_select(pairs, 0, numbers.int().flatten()).view(torch.float32)
+    products = levels.view(rows, -1, BLOCK).mul_(absmax)
+    weight.view(rows, -1, BLOCK).copy_(products)
 
 
 @cache

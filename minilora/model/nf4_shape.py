@@ -9,6 +9,9 @@ from minilora.settings.errors import RequestError, shortened
 # Weights of a row that share one scale (Dettmers et al. 2023, arXiv 2305.14314, section 3).
 BLOCK = 64
 
+# How many weights are packed or unpacked at a time. That takes 32 MiB of scratch memory.
+PIECE = 2**22
+
 
 def packed_columns(columns: int) -> int:
     """Bytes of a packed row of `columns` weights: half a byte each, two for the scale of a block.

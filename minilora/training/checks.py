@@ -112,12 +112,12 @@ def check(settings: Settings) -> CheckedRequest:
             size = SNAPSHOT_BYTES * lora.size(config.shape)
             check_room(settings.output, size, draft_bytes(settings.output))
 
-    # The DeepSpeed file: its "auto" values need the size of the model.
+    # The DeepSpeed file: its limits follow from the size of the model.
     if config is not None:
         with _collecting(problems):
             bf16 = train.computes_in_bf16(on_gpu=torch.cuda.is_available())
             ranks = int(os.environ.get("WORLD_SIZE", "1"))
-            here = Facts(ranks, config.shape.hidden_size, bf16, ranks_of_this_machine())
+            here = Facts(ranks, config.shape, bf16, ranks_of_this_machine())
             ds_configs = read_deepspeed_files(train, here)
             # What passes our own table may still be a combination that DeepSpeed does not take.
             if reason := reject_bad_config(next(iter(ds_configs.values()))):

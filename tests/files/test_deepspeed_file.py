@@ -20,6 +20,7 @@ from minilora.files.deepspeed_file import (
 )
 from minilora.settings.errors import RequestError
 from minilora.settings.settings import TrainSettings
+from tests.support.article import example_shape
 
 # LLaMA-Factory's examples/deepspeed/ds_z3_config.json.
 LLAMA_FACTORY: dict[str, Any] = {
@@ -51,7 +52,8 @@ LLAMA_FACTORY: dict[str, Any] = {
     },
 }
 TRAIN = TrainSettings(per_device_train_batch_size=4, gradient_accumulation_steps=4)
-FACTS = Facts(world_size=7, hidden_size=4096, bf16=True)
+SHAPE = example_shape("llama-3.1-8b")
+FACTS = Facts(world_size=7, shape=SHAPE, bf16=True)
 
 
 def resolve(tmp_path: Path, config: Any, train: TrainSettings = TRAIN) -> dict[str, Any]:
@@ -158,7 +160,7 @@ def test_shipped_files_are_found_by_name_and_strangers_are_not(tmp_path: Path) -
         for spelled in (name, f"{name}.json"):
             path = find_ds_config(spelled)
             for world in (1, 3, 7):
-                facts = Facts(world, hidden_size=4096, bf16=True)
+                facts = Facts(world, SHAPE, bf16=True)
                 assert zero_stage(resolve_ds_config(path, TRAIN, facts)) == stage
     assert find_ds_config(None) == find_ds_config("zero3")
     with pytest.raises(RequestError, match="shipped with minilora: zero0, zero2, zero3, zero3_no"):

@@ -29,7 +29,9 @@ from minilora.files.deepspeed_keys import (
 )
 from minilora.settings.errors import RequestError
 from minilora.settings.settings import TrainSettings
+from tests.support.article import example_shape
 
+FACTS = Facts(1, example_shape("llama-3.1-8b"), bf16=True)
 # DeepSpeed's class for each section that has one.
 CLASSES: dict[str, Any] = {
     "bf16": DeepSpeedBF16Config,
@@ -81,7 +83,7 @@ class Recorder(dict[str, Any]):
 def resolve(tmp_path: Path, config: Any) -> dict[str, Any]:
     path = tmp_path / "ds.json"
     path.write_text(json.dumps(config), encoding="utf-8")
-    return resolve_ds_config(path, TrainSettings(), Facts(1, hidden_size=64, bf16=True))
+    return resolve_ds_config(path, TrainSettings(), FACTS)
 
 
 def problems(tmp_path: Path, config: Any) -> list[str]:

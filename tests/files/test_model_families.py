@@ -85,7 +85,7 @@ def test_published_sizes_have_the_published_parameters_and_are_planned(name: str
     assert elements == PUBLISHED[name][3]
     assert shape.window is None
     settings = read_settings([str(EXAMPLE)], "plan")
-    files = read_deepspeed_files(settings.train, Facts(7, shape.hidden_size, True))
+    files = read_deepspeed_files(settings.train, Facts(7, shape, True))
     asked, _ = asked_way(settings, shape, files, 7, on_gpu=True)
     weights = next(term for term in asked.peak.terms if term.name == "weights, shard")
     # A seventh of each tensor in bf16; those below DeepSpeed's threshold are whole beside it.

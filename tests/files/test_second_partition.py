@@ -12,7 +12,9 @@ from minilora.files.deepspeed_file import Facts, read_deepspeed_files, resolve_d
 from minilora.files.second_partition import KEY, second_partition
 from minilora.settings.errors import RequestError
 from minilora.settings.settings import TrainSettings
+from tests.support.article import example_shape
 
+SHAPE = example_shape("llama-3.1-8b")
 # Ranks in all, and ranks of each machine.
 ALONE, PAIR, EIGHTS = (4, 4), (4, 2), (16, 8)
 
@@ -20,7 +22,7 @@ ALONE, PAIR, EIGHTS = (4, 4), (4, 2), (16, 8)
 def resolve(tmp_path: Path, zero: dict[str, Any], ranks: tuple[int, int | None]) -> dict[str, Any]:
     path = tmp_path / "ds.json"
     path.write_text(json.dumps({"zero_optimization": zero}), encoding="utf-8")
-    facts = Facts(ranks[0], hidden_size=64, bf16=True, machine_ranks=ranks[1])
+    facts = Facts(ranks[0], SHAPE, bf16=True, machine_ranks=ranks[1])
     return resolve_ds_config(path, TrainSettings(), facts)
 
 
@@ -78,7 +80,7 @@ def test_below_stage_3_it_means_nothing(tmp_path: Path, size: Any) -> None:
 
 def test_the_shipped_file_is_advised_where_it_differs_from_zero3() -> None:
     def advised(name: str, ranks: int, machine_ranks: int | None) -> list[str]:
-        facts = Facts(ranks, 64, bf16=True, machine_ranks=machine_ranks)
+        facts = Facts(ranks, SHAPE, bf16=True, machine_ranks=machine_ranks)
         return [*read_deepspeed_files(TrainSettings(deepspeed=name), facts)]
 
     others = ["zero0", "zero2", "zero3_offload"]

@@ -11,9 +11,9 @@ HIDDEN = 32768 * 4096 * 2  # bytes of the hidden states of a step
 
 
 def lines(job: MemoryJob, name: str, backward: bool = False) -> dict[str, dict[str, int]]:
-    """Bytes by moment and line, of a visit that holds 20 elements, 7 of them its own."""
+    """Bytes by moment and line, of a visit that holds 40 bytes, 14 of them its own."""
     block = int(name.removeprefix("block ")) if name.startswith("block ") else None
-    visit = Visit(Module(name, {"weight": 7}, {}, block), backward, arriving=30, held=20)
+    visit = Visit(Module(name, {"weight": 7}, {}, block), backward, arriving=60, held=40, own=14)
     return {
         moment: {term.name: term.bytes for term in terms}
         for moment, terms in Alive(job).moments(visit)

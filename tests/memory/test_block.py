@@ -86,7 +86,7 @@ def really_alive(job: MemoryJob) -> dict[str, Counter[int]]:
 def planned(job: MemoryJob, moment: str) -> list[Tensor]:
     """The tensors that the plan names for the moment."""
     name, block = ("head", None) if moment == "loss" else (f"block {BLOCK}", BLOCK)
-    visit = Visit(Module(name, {}, {}, block), moment == "recompute", 0, 0)
+    visit = Visit(Module(name, {}, {}, block), moment == "recompute", 0, 0, 0)
     terms = dict(Alive(job).moments(visit))[moment]
     return [tensor for term in terms for tensor in term.tensors]
 

@@ -16,7 +16,7 @@ TABLE = 128_256 * 4096
 def at(job: MemoryJob, name: str, backward: bool = True) -> dict[str, int]:
     """Bytes of each line that has some."""
     block = int(name.removeprefix("block ")) if name.startswith("block ") else None
-    visit = Visit(Module(name, {}, {}, block), backward, 0, 0)
+    visit = Visit(Module(name, {}, {}, block), backward, 0, 0, 0)
     return {term.name: term.bytes for term in gradients(job, visit) if term.bytes}
 
 

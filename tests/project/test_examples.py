@@ -9,22 +9,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, TrainingArguments
 from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
 
 from minilora.files.deepspeed_file import SHIPPED, find_ds_config
-from minilora.files.model_config import shape_from_config
 from minilora.settings.command_line import read_settings
 from minilora.tiny.__main__ import main as write_demo_checkpoint
 from tests.support.prepared import prepared_of
 from tests.support.processes import Launch
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-LLAMA_31_8B = {
-    "model_type": "llama",
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "vocab_size": 128256,
-}
 FILES = ("zero0", "zero2", "zero3", "zero3_nodes", "zero3_offload")
 
 
@@ -41,6 +31,7 @@ def all_keys(node: dict[str, Any]) -> set[str]:
     ("config", "dataset_dir", "rows", "held_out"),
     [
         ("llama31_8b_7x4090.yaml", "examples/data", 8, 0),
+        ("llama31_70b_7x4090.yaml", "examples/data", 8, 0),
         ("qwen3_8b_7x4090.yaml", "examples/data", 8, 0),
         ("recommended.yaml", "examples/data", 8, 1),
         ("demo/demo.yaml", "examples/demo", 24, 0),
@@ -116,22 +107,6 @@ def test_the_trainer_fills_them_in(name: str, tiny: Path, tmp_path: Path) -> Non
     assert "auto" not in json.dumps(config.config)
     assert config.config["train_micro_batch_size_per_gpu"] == 3
     assert config.config["gradient_accumulation_steps"] == 5
-
-
-@pytest.mark.parametrize("name", ["zero3", "zero3_nodes", "zero3_offload"])
-def test_sizes_suit_the_blocks_of_8b(name: str) -> None:
-    """Only whole blocks are fetched ahead, one at a time; LoRA and norms are never split."""
-    zero = shipped(name)["zero_optimization"]
-    shape = shape_from_config(LLAMA_31_8B)
-    linears = {name: out * inner for name, (out, inner) in shape.linear_shapes().items()}
-    block = sum(linears.values())
-    widest = max(max(size) for size in shape.linear_shapes().values())
-    assert widest * 64 <= zero["stage3_param_persistence_threshold"] < min(linears.values())
-    assert list(linears)[-1] == "down_proj"
-    assert block - linears["down_proj"] < zero["stage3_prefetch_bucket_size"] <= block
-    assert 2 * block - linears["down_proj"] < zero["stage3_max_live_parameters"] <= 2 * block
-    assert block <= zero["stage3_max_reuse_distance"] < 2 * block
-    assert widest * 64 <= zero["reduce_bucket_size"]
 
 
 @pytest.mark.slow

@@ -31,6 +31,7 @@ from minilora.files.weights import INDEX, SINGLE, Checkpoint, read_checkpoint
 from minilora.settings.settings import DataSettings, TrainSettings
 from minilora.training.same_run import differences
 from tests.support.any_value import found_or_refused, values
+from tests.support.article import example_shape
 
 Rows = tuple[list[Conversation], Tally]
 any_file = settings(
@@ -218,7 +219,7 @@ def test_any_json(model: Path, data: st.DataObject, name: str) -> None:
     changes = data.draw(st.dictionaries(st.sampled_from(sorted(known) + ["x"]), values, max_size=3))
     path.write_text(json.dumps({**known, **changes}))
     try:
-        facts = Facts(2, 32, False)
+        facts = Facts(2, example_shape("llama-3.1-8b"), False)
         checkpoint = found_or_refused(lambda: read_checkpoint(read_model_config(model)))
         template = found_or_refused(lambda: make_template(None, load_tokenizer(model)))
         lora = found_or_refused(

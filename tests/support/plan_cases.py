@@ -14,6 +14,8 @@ BASE: dict[str, Any] = {
     "tile_tokens": 256,
     "loss_tokens": 128,
 }
+# Weights packed to 4 bits; half of the tokens are enough.
+PACKED: dict[str, Any] = {"quantization_bit": 4, "batch": 2}
 WHOLE = ["embed_tokens", "lm_head"]
 CASES: dict[int, list[dict[str, Any]]] = {
     1: [
@@ -29,6 +31,7 @@ CASES: dict[int, list[dict[str, Any]]] = {
         {"deepspeed": "zero0", "use_dora": True, "keep_blocks": 4},
         {"deepspeed": "zero0", "additional_target": WHOLE},
         {"deepspeed": "zero0", "keep_blocks": 4, "model_type": "qwen3"},
+        {"deepspeed": "zero0", "keep_blocks": 2, **PACKED},
     ],
     2: [
         {"deepspeed": "zero3"},
@@ -44,11 +47,14 @@ CASES: dict[int, list[dict[str, Any]]] = {
         {"deepspeed": "zero3", "keep_blocks": 2, "gather_tokens": 512},
         {"deepspeed": "zero3", "keep_blocks": 1, "offload_activations": True},
         {"deepspeed": "zero3", "keep_blocks": 2, "model_type": "qwen3"},
+        {"deepspeed": "zero2", "gather_tokens": 512, "lora_rank": 32, **PACKED},
+        {"deepspeed": "zero3", "gather_tokens": 512, "use_dora": True, **PACKED},
     ],
     3: [
         {"deepspeed": "zero3", "packing": True, "gather_tokens": 512},
         {"deepspeed": "zero2", "packing": True},
         {"deepspeed": "zero3", "tile_tokens": 512, "gather_tokens": 512, "tied": True},
+        {"deepspeed": "zero2", "gather_tokens": 512, "tied": True, **PACKED},
     ],
     7: [
         {"deepspeed": "zero3", "gather_tokens": 256, "loss_tokens": 512},
@@ -56,5 +62,8 @@ CASES: dict[int, list[dict[str, Any]]] = {
         {"deepspeed": "zero2", "tile_tokens": 128},
         {"deepspeed": "zero0", "batch": 1},
         {"deepspeed": "zero3", "additional_target": WHOLE[1:]},
+        {"deepspeed": "zero0", "keep_blocks": 4, "gather_tokens": 256, **PACKED},
+        {"deepspeed": "zero3", "gather_tokens": 256, **PACKED},
+        {"deepspeed": "zero3", "tile_tokens": 64, "gather_tokens": 256, **PACKED},
     ],
 }
