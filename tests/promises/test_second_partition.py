@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,15 @@ from typing import Any
 import pytest
 import torch
 
+from minilora.files.deepspeed_file import Facts, resolve_ds_config
 from minilora.files.model_config import read_model_config
+from minilora.memory.job import memory_job
+from minilora.memory.traffic import Traffic, traffic
+from minilora.memory.zero3_gathers import Zero
+from minilora.settings.command_line import read_settings
 from minilora.settings.errors import RequestError
 from minilora.training.deepspeed_internals import group_for_second_partition
-from tests.support.runs import JOBS, Ground, adapter, costs, log, stage_file
+from tests.support.runs import JOBS, Ground, adapter, costs, log, stage_file, variant_shape
 
 Jobs = dict[str, dict[str, Any]]
 
@@ -105,6 +111,30 @@ def test_weights_cross_between_machines_once_per_step_at_most(machines: Jobs, na
         # The third step counts what the snapshot after the second took.
         assert theirs["crossing"][1] >= once(plain)
         assert ours["crossing"][1] < once(second) / 2 < ours["gathered"][1]
+
+
+def planned(job: dict[str, Any]) -> Traffic:
+    """What the plan says of a step of these ranks, each of which has one document in it."""
+    settings = read_settings([f"--{key}={value}" for key, value in job.items()], "train")
+    shape = read_model_config(settings.base, settings.model.quantization_bit).shape
+    facts = Facts(MACHINES * RANKS, shape, bool(job.get("bf16")), machine_ranks=RANKS)
+    config = resolve_ds_config(Path(job["deepspeed"]), settings.train, facts)
+    found = memory_job(settings, shape, Zero.of(config), MACHINES * RANKS)
+    if job["adapter_name_or_path"] != "null":
+        found = replace(found, adapter=variant_shape(shape, {}))
+    bf16 = settings.train.computes_in_bf16(on_gpu=False)
+    return traffic(replace(found, bf16=bf16, machines=MACHINES))
+
+
+@pytest.mark.parametrize("name", PAIRS)
+@pytest.mark.parametrize("hpz", [False, True])
+def test_the_plan_counts_what_the_ranks_gather(machines: Jobs, name: str, hpz: bool) -> None:
+    expected = planned(machines[f"{name} {hpz}"])
+    for counted in costs(machines[f"{name} {hpz}"]):
+        in_groups = counted["gathered"][1] - counted["crossing"][1]
+        assert counted["crossing"][1] == pytest.approx(expected.among_all, rel=0.02)
+        assert in_groups == pytest.approx(expected.in_groups, rel=0.02)
+        assert (in_groups > 0) is hpz
 
 
 def test_machines_of_other_sizes_are_refused_on_every_rank() -> None:
