@@ -1,5 +1,6 @@
 """Will it fit? `python -m minilora.plan CONFIG --num_gpus 7 --gpu_memory 24` says it beforehand.
 
+With `--num_nodes 2` there are two machines of 7 GPUs each, and what goes between them is counted.
 It needs the config.json of the base model alone: no weights, no GPU, no torch.
 """
 
@@ -9,14 +10,15 @@ import argparse
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import groupby
 
 from minilora.files.deepspeed_file import Facts, read_deepspeed_files
 from minilora.files.model_config import ModelConfig, read_model_config
 from minilora.files.model_families import window_problem
+from minilora.memory.comparison import comparison
 from minilora.memory.job import MemoryJob
 from minilora.memory.peak import GIB, PeakMemory
 from minilora.memory.terms import Term
+from minilora.memory.traffic import Links, received, seconds, waited_for
 from minilora.memory.ways import (
     MARGIN,
     TILES,
@@ -56,16 +58,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m minilora.plan", add_help=False, allow_abbrev=False)
-    parser.add_argument("--num_gpus", type=int, default=1)
+    parser.add_argument("--num_nodes", type=int, default=1, help="machines")
+    parser.add_argument("--num_gpus", type=int, default=1, help="of each machine")
     parser.add_argument("--gpu_memory", type=float, default=24, help="GB, as the card is sold")
     parser.add_argument("--link_gbps", type=float, default=80, help="Gbit/s into each GPU")
+    parser.add_argument("--node_gbps", type=float, default=10, help="Gbit/s into each machine")
     parser.add_argument("--explain", action="store_true", help="each tensor, and each number's sum")
     parser.add_argument("--plot", metavar="FILE.png", help="draw the ways that are compared")
     return parser
 
 
 def _run(own: argparse.Namespace, settings: Settings) -> int:
-    wrong = [key for key in ("num_gpus", "gpu_memory", "link_gbps") if not getattr(own, key) > 0]
+    numbers = ("num_nodes", "num_gpus", "gpu_memory", "link_gbps", "node_gbps")
+    wrong = [key for key in numbers if not getattr(own, key) > 0]
     if wrong:
         raise RequestError([f"--{key} must be above 0" for key in wrong])
 
@@ -74,45 +79,61 @@ def _run(own: argparse.Namespace, settings: Settings) -> int:
     shape = config.shape
     if problems := window_problem(shape, settings.data.cutoff_len, "cutoff_len"):
         raise RequestError(problems)
-    facts = Facts(own.num_gpus, shape, settings.train.computes_in_bf16(on_gpu=True))
-    ds_configs = read_deepspeed_files(settings.train, facts)
-    asked, files = asked_way(settings, shape, ds_configs, own.num_gpus, on_gpu=True)
+    ranks, bf16 = own.num_nodes * own.num_gpus, settings.train.computes_in_bf16(on_gpu=True)
+    facts = Facts(ranks, shape, bf16, machine_ranks=own.num_gpus)
+    asked, files = _asked(settings, facts)
+    links = Links(own.link_gbps, own.node_gbps)
     limit = int(own.gpu_memory * GIB * USABLE)
     spare = limit - asked.peak.total
     fits = spare >= 0
 
     # What it needs, and whether it fits.
+    machines = f"{own.num_nodes} x " if own.num_nodes > 1 else ""
     print(
-        f"{own.num_gpus} x {own.gpu_memory:g} GB, of which {limit / GIB:.2f} GiB can be used; "
-        f"deepspeed: {asked.file}"
+        f"{machines}{own.num_gpus} x {own.gpu_memory:g} GB, of which {limit / GIB:.2f} GiB can be "
+        f"used; deepspeed: {asked.file}"
     )
     print(
         f"an optimizer step has at most {asked.job.step_tokens:,} tokens per GPU, in documents of "
         f"up to {asked.job.longest:,}"
     )
-    print(*_table(asked.peak, own.explain), sep="\n")
+    host = "each host: " if own.num_nodes > 1 else "the host: "
+    print(*_table(asked.peak, own.explain, host), sep="\n")
     print(f"{'fits' if fits else 'does not fit'}: {spare / GIB:+.2f} GiB of headroom")
     if settings.keeps_what_fits:
         print(_saved_blocks(asked.job, limit))
 
     # What else could be done.
     compared = ways(asked, files)
-    print("", *_comparison(compared, limit, own), sep="\n")
+    best = recommended(compared, limit, links)
+    print("", *comparison(compared, limit, best, links, own.explain), sep="\n")
     print("", *_longest(asked.job, files, limit), sep="\n")
-    for line in _advice(config, asked.job.adapter, settings, own.num_gpus):
+    for line in _advice(config, asked.job.adapter, settings, ranks):
         print(line)
     if not fits:
         print("", *_nearest(asked, files, limit), *_in_four_bits(settings, facts, limit), sep="\n")
+    if own.num_nodes > 1:
+        chosen = (asked, best)
+        print("", *_between_machines(chosen, settings, facts, limit, links), sep="\n")
     if own.plot:
         with drawing("--plot", own.plot):
             _plot(own.plot, compared, limit)
     return 0 if fits else 1
 
 
-def _table(peak: PeakMemory, explain: bool) -> Iterator[str]:
+def _asked(settings: Settings, facts: Facts) -> tuple[Way, dict[str, Zero]]:
+    """What the settings ask for, and the DeepSpeed files that could serve."""
+    ds_configs = read_deepspeed_files(settings.train, facts)
+    machines = facts.world_size // (facts.machine_ranks or facts.world_size)
+    ranks = facts.world_size
+    return asked_way(settings, facts.shape, ds_configs, ranks, on_gpu=True, machines=machines)
+
+
+def _table(peak: PeakMemory, explain: bool, host: str) -> Iterator[str]:
     """Lines in GiB: every term under the sum of its part, the total, and the host.
 
-    explain: with the tensors that a term consists of, and a formula for each number.
+    explain: with the tensors that a term consists of, and a formula for each number. host: what
+    the lines of the host begin with.
     """
     for part, total in peak.parts.items():
         yield f"{part:<40}{total / GIB:8.2f} GiB"
@@ -131,7 +152,7 @@ def _table(peak: PeakMemory, explain: bool) -> Iterator[str]:
     for term in peak.host:
         if term.bytes:
             formula = f"  = {term.formula}" if explain else ""
-            yield f"{'the host: ' + term.name:<40}{term.bytes / GIB:8.2f} GiB{formula}"
+            yield f"{host + term.name:<40}{term.bytes / GIB:8.2f} GiB{formula}"
 
 
 def _tensors(term: Term) -> Iterator[str]:
@@ -151,47 +172,6 @@ def _saved_blocks(job: MemoryJob, limit: int) -> str:
         f"{decided.keep_blocks} of {job.shape.num_layers} blocks would save their activations"
         f"{spans}, more with shorter rows: see keep_blocks"
     )
-
-
-def _comparison(compared: Sequence[Way], limit: int, own: argparse.Namespace) -> Iterator[str]:
-    """A line per file, way and gather_tokens; a column per tile_tokens.
-
-    Where a file's way fits with no gather_tokens, only the smallest is shown, or all if explained.
-    """
-    tiles = sorted({way.job.tile_tokens for way in compared})
-    best = recommended(compared, limit)
-    yield "the same step in other ways, GiB per GPU: (does not fit), * recommended"
-    tile_names = "".join(f"{f'tile {tile}':>11}" for tile in tiles)
-    yield f"{'deepspeed':<16}{'blocks':<12}{'gather':>7}{tile_names}{'gathered':>12}{'seconds':>9}"
-
-    for (file, blocks), alike in groupby(compared, lambda way: (way.file, way.blocks)):
-        lines: list[str] = []
-        any_fits = False
-        for gather, row in groupby(alike, lambda way: way.job.gather_tokens):
-            by_tile = {way.job.tile_tokens: way for way in row}
-            any_fits |= any(way.peak.total <= limit for way in by_tile.values())
-            cells = [_cell(by_tile.get(tile), limit, best) for tile in tiles]
-            # The same for all tiles. Of what is gathered, this rank has its own part already.
-            gathered = next(iter(by_tile.values())).peak.gathered
-            received = gathered * (own.num_gpus - 1) / own.num_gpus
-            seconds = received * 8 / own.link_gbps / 1e9
-            lines.append(
-                f"{file:<16}{blocks:<12}{gather or 'step':>7}{''.join(cells)}"
-                f"{gathered / 1e9:>9.1f} GB{seconds:>9.1f}"
-            )
-        yield from lines if any_fits or own.explain else lines[-1:]
-
-    if best is None:
-        yield f"none is recommended: none leaves {1 - MARGIN:.0%} free"
-
-
-def _cell(way: Way | None, limit: int, best: Way | None) -> str:
-    if way is None:  # gather_tokens is less than tile_tokens
-        return " " * 11
-    gib = f"{way.peak.total / GIB:.2f}"
-    if way.peak.total > limit:
-        return f"({gib})".rjust(11)
-    return (gib + ("*" if way is best else " ")).rjust(11)
 
 
 def _longest(job: MemoryJob, files: Mapping[str, Zero], limit: int) -> Iterator[str]:
@@ -225,19 +205,51 @@ def _advice(config: ModelConfig, lora: LoraShape, settings: Settings, ranks: int
 
 def _in_four_bits(settings: Settings, facts: Facts, limit: int) -> Iterator[str]:
     """Lines: what would fit if the frozen weights were packed, where they are not and can be."""
-    if facts.shape.packed:
+    packed = _packed(facts)
+    if packed is None:
         return
-    try:
-        shape = facts.shape.in_bits(4)
-    except RequestError:  # its rows cannot be cut into blocks of 64 weights
-        return
-    ds_configs = read_deepspeed_files(settings.train, replace(facts, shape=shape))
-    asked, files = asked_way(settings, shape, ds_configs, facts.world_size, on_gpu=True)
+    asked, files = _asked(settings, packed)
     fitting = [asked] if asked.peak.total <= limit else nearest_that_fit(asked, files, limit)[:1]
     for way in fitting:
         yield "with frozen weights in 4 bits, which changes the losses a little:"
         changes = ", ".join(["quantization_bit: 4", *way.changes(asked)])
         yield f"  {way.peak.total / GIB:6.2f} GiB  {changes}"
+
+
+def _packed(facts: Facts) -> Facts | None:
+    """The same with frozen weights in 4 bits; None where they are already, or cannot be."""
+    if facts.shape.packed:
+        return None
+    try:
+        return replace(facts, shape=facts.shape.in_bits(4))
+    except RequestError:  # its rows cannot be cut into blocks of 64 weights
+        return None
+
+
+def _between_machines(
+    chosen: tuple[Way, Way | None], settings: Settings, facts: Facts, limit: int, links: Links
+) -> Iterator[str]:
+    """Lines: what the recommended way moves between machines, and in 4 bits if that is better.
+
+    chosen: what is asked for, and what is recommended. The time on all links says what is less.
+    """
+    asked, best = chosen
+    yield f"recommended at {links.between:g} Gbit/s, with what comes from other machines in a step:"
+    if best is None:
+        yield f"  none leaves {1 - MARGIN:.0%} free"
+    else:
+        yield _recommendation(best, best.changes(asked), links)
+
+    if packed := _packed(facts):
+        asked, files = _asked(settings, packed)
+        way = recommended(ways(asked, files), limit, links)
+        if way and not (best and waited_for(best.job, links) <= waited_for(way.job, links)):
+            yield _recommendation(way, ["quantization_bit: 4", *way.changes(asked)], links)
+
+
+def _recommendation(way: Way, changes: Sequence[str], links: Links) -> str:
+    moved, taken = received(way.job).between / 1e9, seconds(way.job, links)[1]
+    return f"  {moved:6.2f} GB, {taken:6.2f} s  {', '.join(changes) or 'as it is'}"
 
 
 def _plot(path: str, compared: Sequence[Way], limit: int) -> None:

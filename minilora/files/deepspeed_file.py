@@ -2,14 +2,16 @@
 
 "auto" means what it means in the HF Trainer (transformers' integrations/deepspeed.py), so that a
 file which was written for the Trainer or for LLaMA-Factory works unchanged. What becomes of every
-other key stands in deepspeed_keys.py. ZeRO-3's limits that the file does not say follow from the
-model's block (zero3_limits.py).
+other key stands in deepspeed_keys.py; the one "auto" that the Trainer has not stands in
+second_partition.py. ZeRO-3's limits that the file does not say follow from the model's block
+(zero3_limits.py).
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import resources
 from importlib.util import find_spec
@@ -17,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from minilora.files.deepspeed_keys import key_problems, what_deepspeed_gets
+from minilora.files.second_partition import fit_second_partition
 from minilora.files.zero3_limits import limits_from_block, limits_of_the_trainer
 from minilora.model.llama_shape import LlamaShape
 from minilora.settings.errors import RequestError
@@ -40,11 +43,13 @@ class Facts:
     """What "auto" values and limits follow from, apart from the settings.
 
     shape: of the model, as its weights are held. bf16: whether the run computes in bf16.
+    machine_ranks: how many of the ranks are on this machine, None if nobody says it: then all.
     """
 
     world_size: int
     shape: LlamaShape
     bf16: bool
+    machine_ranks: int | None = None
 
 
 def find_ds_config(name: str | None) -> Path:
@@ -72,13 +77,17 @@ def read_deepspeed_files(train: TrainSettings, facts: Facts) -> dict[str, dict[s
     """The DeepSpeed files that could serve a run, resolved, by their names without the ending.
 
     The one that the settings ask for comes first. The others are those shipped with minilora, from
-    which advice is given. Raises RequestError as `find_ds_config` and `resolve_ds_config` do.
+    which advice is given: without those that do not fit the ranks, or that say the same as one
+    before. Raises RequestError as `find_ds_config` and `resolve_ds_config` do.
     """
     asked = find_ds_config(train.deepspeed)
-    paths = {asked.stem: asked}
+    files = {asked.stem: resolve_ds_config(asked, train, facts)}
     for name, path in _shipped_files().items():
-        paths.setdefault(name, path)
-    return {name: resolve_ds_config(path, train, facts) for name, path in paths.items()}
+        with suppress(RequestError):
+            config = resolve_ds_config(path, train, facts)
+            if name not in files and config not in files.values():
+                files[name] = config
+    return files
 
 
 def zero_stage(config: Mapping[str, Any]) -> int:
@@ -107,6 +116,9 @@ def resolve_ds_config(path: Path, train: TrainSettings, facts: Facts) -> dict[st
         *_foreign_precision(config, facts),
         *_foreign_optimizer(config),
     ]
+    if isinstance(config.get("zero_optimization"), dict):
+        section = config["zero_optimization"]
+        problems += fit_second_partition(section, facts.world_size, facts.machine_ranks)
     config = {key: value for key, value in config.items() if key not in LEFT_OUT}
     problems += _left_at_auto(config)
     problems = [f"{path}: {problem}" for problem in problems]

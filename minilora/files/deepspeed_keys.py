@@ -81,7 +81,8 @@ HANDED_ON: Mapping[str, Mapping[str, str]] = {
         "any": "stage",
         "count": "allgather_bucket_size reduce_bucket_size stage3_max_live_parameters "
         "stage3_max_reuse_distance stage3_model_persistence_threshold "
-        "stage3_param_persistence_threshold stage3_prefetch_bucket_size sub_group_size",
+        "stage3_param_persistence_threshold stage3_prefetch_bucket_size sub_group_size "
+        "zero_hpz_partition_size",
         "flag": "allgather_partitions contiguous_gradients enable_sanity_checks "
         "ignore_unused_parameters log_trace_cache_warnings overlap_comm parameter_alignment "
         "reduce_scatter round_robin_gradients stage3_allgather_sequential "
@@ -159,12 +160,6 @@ REFUSED: Mapping[str, tuple[tuple[str, tuple[Any, ...], str], ...]] = {
         ("max_grad_norm", (0,), "write gradient_clipping"),
     ),
     "zero_optimization": (
-        # The one place that keeps ZeRO++'s second partition (hpZ) out. It is made for several
-        # machines, and reading weights fills only the first partition. Once reading fills both,
-        # the key goes to HANDED_ON.
-        ("zero_hpz_partition_size", (0, 1),
-         "hpZ is not supported yet: gathers would use a second partition that reading the weights "
-         "does not fill; remove it"),
         ("mics_shard_size", (-1, 0), "DeepSpeed 0.19 has no MiCS any more; remove it"),
         ("mics_hierarchical_params_gather zeropp_loco_param", (), _NO_LONGER),
         ("zero_quantized_weights zero_quantized_nontrainable_weights", (), _NO_QUANTIZED),

@@ -21,7 +21,8 @@ class MemoryJob:
 
     keep_blocks: how many blocks, the last ones, save their activations instead of recomputing
     them; step_tokens: most tokens of a rank in an optimizer step; longest: most tokens of one
-    document; on_gpu: False counts the CPU's kernels, which need more.
+    document; on_gpu: False counts the CPU's kernels, which need more; ranks: of all machines,
+    which have as many each.
     """
 
     shape: LlamaShape
@@ -37,6 +38,7 @@ class MemoryJob:
     step_tokens: int
     longest: int
     on_gpu: bool = True
+    machines: int = 1
 
     @property
     def size(self) -> int:

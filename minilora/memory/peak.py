@@ -36,7 +36,7 @@ class PeakMemory:
 
     terms: what it consists of; peak_moment: when it is reached, a moment and a module; by_moment:
     the most bytes of tensors at each moment; gathered: bytes of weights that are put together on
-    each GPU in an optimizer step; host: memory of the machine, for all its ranks.
+    each GPU in an optimizer step; host: memory of each machine, for all its ranks.
     """
 
     terms: tuple[Term, ...]
@@ -167,6 +167,12 @@ def _resident(job: MemoryJob) -> Iterator[Term]:
             for part, parameter in zip(on_gpu, base, strict=True)
         ]
         yield from _weights(base, "weights, shard", kept, job.ranks)
+        group = zero.zero_hpz_partition_size
+        second = [0 if zero.offload_param else _second_shard(n.elements, job) for n in base]
+        yield from _weights(base, "weights, second shard", second, group)
+        split_twice = [n for n in trained if not _whole_as_well([n], job)]
+        live = sum(_second_shard(n, job) for n in split_twice)
+        yield Term("parameters", "second shard of what is trained", live, size)
         lora = trained_shard + _whole_as_well(trained, job)
         yield Term("parameters", "LoRA, shard and whole", lora, size)
         yield Term("accumulation", "LoRA gradients, shard", trained_shard, size, split)
@@ -200,6 +206,12 @@ def _shard(sizes: list[int], ranks: int) -> int:
     return sum(-(-size // ranks) for size in sizes)
 
 
+def _second_shard(elements: int, job: MemoryJob) -> int:
+    """Elements of a tensor that a rank holds once more for the ranks of its group (hpZ)."""
+    group = job.zero.zero_hpz_partition_size
+    return -(-elements // job.ranks) * job.ranks // group if group > 1 else 0
+
+
 def _whole_as_well(sizes: list[int], job: MemoryJob) -> int:
     """Elements of the tensors that ZeRO-3 leaves whole. A rank that is alone has shards alone."""
     threshold = job.zero.stage3_param_persistence_threshold if job.ranks > 1 else 0
@@ -211,16 +223,17 @@ def _fixed(job: MemoryJob, tensors: int) -> list[Term]:
     if not job.on_gpu:
         return []
     slack = int(SLACK * tensors)
+    communicators = (job.ranks > 1) + (job.zero.zero_hpz_partition_size > 1)
     return [
         Term("fixed", "CUDA context, estimate", CONTEXT, 1),
-        Term("fixed", "NCCL, estimate", NCCL if job.ranks > 1 else 0, 1),
+        Term("fixed", "NCCL, estimate", communicators, NCCL),
         Term("fixed", "allocator slack, estimate", slack, 1, f"{SLACK} x {tensors:,}"),
     ]
 
 
 def _host(job: MemoryJob) -> Iterator[Term]:
-    """Memory of the machine, for all ranks on it."""
-    shape, ranks = job.shape, job.ranks
+    """Memory of each machine, for all ranks on it."""
+    shape, ranks = job.shape, job.ranks // job.machines
     weights = shape.held(job.size).values()
 
     inputs = shape.num_layers - job.keep_blocks if job.offload_activations else 0
@@ -228,11 +241,20 @@ def _host(job: MemoryJob) -> Iterator[Term]:
     shards = 0
     if job.zero.offload_param:
         shards = ranks * sum(
-            job.pinned(-(-parameter.elements // ranks), parameter.itemsize) for parameter in weights
+            job.pinned(elements, parameter.itemsize)
+            for parameter in weights
+            for elements in (
+                _shard([parameter.elements], job.ranks),
+                _second_shard(parameter.elements, job),
+            )
+            if elements
         )
 
     yield Term("host", "processes, estimate", ranks, PROCESS)
     yield Term("host", "block inputs, pinned", ranks * inputs, input_bytes)
     yield Term("host", "weights, pinned", shards, 1)
-    files = replace(shape, packed=False)
-    yield Term("host", "page cache of the files", files.held_bytes(2), 1)  # files are in bf16
+    # Files are in bf16. At stage 3 a machine reads its ranks' parts of them.
+    read = replace(shape, packed=False).held_bytes(2)
+    if job.zero.stage == 3:
+        read = read * ranks // job.ranks
+    yield Term("host", "page cache of the files", read, 1)

@@ -12,6 +12,7 @@ from typing import Any
 
 from minilora.memory.job import MemoryJob, memory_job
 from minilora.memory.peak import GIB, PeakMemory, peak_memory
+from minilora.memory.traffic import Links, exchanged_bytes, traffic, waited_for
 from minilora.memory.zero3_gathers import Zero
 from minilora.model.llama_shape import LlamaShape
 from minilora.settings.settings import Settings
@@ -71,6 +72,9 @@ class Way:
         if costs:
             return " and ".join(costs)
 
+        more = traffic(mine).among_all - traffic(theirs).among_all
+        if more > 0 and theirs.zero.zero_hpz_partition_size > 1:
+            return f"{more / 1e9:.3g} GB more from other machines a step"
         more = self.peak.gathered - other.peak.gathered
         if more > 0:
             seconds = more / BYTES_PER_SECOND
@@ -104,15 +108,17 @@ def asked_way(
     ds_configs: Mapping[str, Mapping[str, Any]],
     ranks: int,
     on_gpu: bool,
+    machines: int = 1,
 ) -> tuple[Way, dict[str, Zero]]:
     """What the settings ask for, and what each DeepSpeed file that could serve says of ZeRO.
 
-    ds_configs: as `read_deepspeed_files` returns them, the asked one first.
+    ds_configs: as `read_deepspeed_files` returns them, the asked one first. ranks: of all machines.
     """
     files = {name: Zero.of(config) for name, config in ds_configs.items()}
     name = next(iter(files))
     job = memory_job(settings, shape, files[name], ranks)
-    return Way(name, replace(job, bf16=settings.train.computes_in_bf16(on_gpu))), files
+    bf16 = settings.train.computes_in_bf16(on_gpu)
+    return Way(name, replace(job, bf16=bf16, machines=machines)), files
 
 
 def variants(job: MemoryJob, **choices: Iterable[Any]) -> Iterator[MemoryJob]:
@@ -146,40 +152,28 @@ def _is_compared(job: MemoryJob) -> bool:
     return span_holds_tile and not offloads_and_saves
 
 
-def recommended(found: Sequence[Way], limit: int) -> Way | None:
+def recommended(found: Sequence[Way], limit: int, links: Links | None = None) -> Way | None:
     """The fastest of those that leave some memory free, or None if none does.
 
-    What costs most time is compared first: weights that come from the host, bytes gathered, blocks
-    that are recomputed, inputs that are moved to the host, gradients that are exchanged.
+    What costs most time is compared first: weights that come from the host, the time to gather,
+    blocks that are recomputed, inputs that are moved to the host, gradients that are exchanged.
     """
+    speeds = links or Links()
 
     def cost(way: Way) -> tuple[float, ...]:
         job = way.job
         return (
             job.zero.offload_param,
-            way.peak.gathered,
+            waited_for(job, speeds),
             -job.keep_blocks,
             job.offload_activations,
-            _exchanged(job),
+            exchanged_bytes(job),
             job.spans,
             abs(job.tile_tokens - TILES[0]),
             way.peak.total,
         )
 
     return min((way for way in found if way.peak.total <= MARGIN * limit), key=cost, default=None)
-
-
-def _exchanged(job: MemoryJob) -> int:
-    """Bytes per trained weight that a rank sends in a step, for gradients and new weights.
-
-    At stages 0 and 1 the ranks exchange gradients once a step, at stages 2 and 3 after each span.
-    An all-reduce sends them twice: once to be summed, once as sums. At stages 1 and 2 each rank
-    hands out the weights that it has updated.
-    """
-    if job.zero.stage == 0:
-        return 2 * 4  # in fp32
-    gradients = 2 if job.zero.stage == 1 else job.spans
-    return job.size * (gradients + (job.zero.stage < 3))
 
 
 def nearest_that_fit(asked: Way, files: Mapping[str, Zero], limit: int) -> list[Way]:

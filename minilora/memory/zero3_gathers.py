@@ -20,7 +20,8 @@ class Zero:
     """A file's zero_optimization section, sizes in elements.
 
     The defaults are those of deepspeed/runtime/zero/config.py. offload_param: whether the frozen
-    weights lie in host memory.
+    weights lie in host memory. zero_hpz_partition_size: how many ranks share a second partition of
+    the weights (hpZ), 1 for none.
     """
 
     stage: int = 0
@@ -29,6 +30,7 @@ class Zero:
     stage3_max_live_parameters: int = 1_000_000_000
     stage3_max_reuse_distance: int = 1_000_000_000
     stage3_param_persistence_threshold: int = 100_000
+    zero_hpz_partition_size: int = 1
     overlap_comm: bool = False
     offload_param: bool = False
 

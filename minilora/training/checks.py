@@ -33,6 +33,7 @@ from minilora.memory.ways import Way, asked_way
 from minilora.memory.zero3_gathers import Zero
 from minilora.model.llama_shape import LlamaShape
 from minilora.model.lora_shape import LoraShape
+from minilora.processes.launcher import ranks_of_this_machine
 from minilora.report.curves import LOG
 from minilora.settings.errors import RequestError
 from minilora.settings.settings import Settings
@@ -117,7 +118,8 @@ def check(settings: Settings) -> CheckedRequest:
         with _collecting(problems):
             bf16 = train.computes_in_bf16(on_gpu=torch.cuda.is_available())
             ranks = int(os.environ.get("WORLD_SIZE", "1"))
-            ds_configs = read_deepspeed_files(train, Facts(ranks, config.shape, bf16))
+            here = Facts(ranks, config.shape, bf16, ranks_of_this_machine())
+            ds_configs = read_deepspeed_files(train, here)
             # What passes our own table may still be a combination that DeepSpeed does not take.
             if reason := reject_bad_config(next(iter(ds_configs.values()))):
                 problems.append(f"deepspeed: {train.deepspeed}: {reason}")

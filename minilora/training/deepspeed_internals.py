@@ -13,16 +13,21 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from datetime import timedelta
 from importlib import import_module
 from typing import Any
 
 import deepspeed
 import torch
+import torch.distributed as dist
 from deepspeed import utils as ds
 from deepspeed.runtime.config import DeepSpeedConfig
+from deepspeed.utils import groups
 from torch import Tensor, nn
+
+from minilora.settings.errors import RequestError
 
 
 class PartitionedInit(deepspeed.zero.Init):  # type: ignore[misc]
@@ -31,11 +36,44 @@ class PartitionedInit(deepspeed.zero.Init):  # type: ignore[misc]
     `Init._zero_init_param` in runtime/zero/partition_parameters.py broadcasts each new parameter
     from rank 0, so that all ranks start from the same values. Here each rank reads its own part
     from the file right afterwards, so those bytes would be sent for nothing.
+
+    With a second partition (hpZ), `_partition_param_sec` of the same file has filled it from the
+    empty parameter, and gathers would prefer it to what is read. Without `ds_secondary_tensor` the
+    first gather takes the first partition, and the first release makes the second from the values.
     """
+
+    def __init__(self, **arguments: Any) -> None:
+        group = groups._get_zero_param_intra_parallel_group()
+        super().__init__(zero_param_parallel_group=group, **arguments)
 
     def _zero_init_param(self, param: Any) -> None:
         self._convert_to_deepspeed_param(param)
         param.partition()
+        param.ds_secondary_tensor = None
+
+
+def group_for_second_partition(sizes: Sequence[int], rank: int, patience: timedelta) -> None:
+    """Make the groups of ranks that share a second partition (hpZ), before PartitionedInit.
+
+    sizes: what each rank takes for the size of a group; 1 for none. Raises RequestError if they
+    differ. Init would make the groups with `_create_zero_param_parallel_group` of utils/groups.py,
+    which leaves them torch's own patience (10 minutes with NCCL) whatever ddp_timeout says, and
+    which fails in a process that trains twice.
+    """
+    if len({*sizes}) > 1:
+        raise RequestError(
+            [
+                f"zero_hpz_partition_size: the ranks take it for {', '.join(map(str, sizes))}, as "
+                "their machines differ in ranks; start as many on each, or remove it"
+            ]
+        )
+    groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
+    size = sizes[rank]
+    if size > 1:
+        for first in range(0, len(sizes), size):
+            group = dist.new_group([*range(first, first + size)], timeout=patience)
+            if first <= rank < first + size:
+                groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = group
 
 
 def partition_of(parameter: Any, rank: int) -> tuple[int, Tensor]:
@@ -67,7 +105,10 @@ def set_partition(parameter: Any, whole: Tensor, moments: Mapping[str, Tensor], 
     ds.safe_set_local_fp32_param(parameter, padded_part(whole))
     for key, moment in moments.items():
         ds.safe_set_local_optimizer_state(parameter, padded_part(moment), key)
-    assert not parameter.data.numel(), "restored before anything was gathered"
+    assert not parameter.data.numel(), "restored while nothing is gathered"
+    # `initialize` has made a second partition (hpZ) from the values before. DeepSpeed itself drops
+    # those of trained parameters after each step: `invalidate_secondary_tensor` of stage3.py.
+    parameter.ds_secondary_tensor = None
 
 
 def link_moments(engine: Any) -> None:

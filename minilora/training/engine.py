@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import deepspeed
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from minilora.data.steps import Span
 from minilora.files.deepspeed_file import zero_stage
+from minilora.files.second_partition import second_partition
 from minilora.files.tensor_parts import TensorPart
 from minilora.files.weights import Checkpoint, read_parts
 from minilora.files.weights_digest import WeightsDigest, added
@@ -212,6 +214,9 @@ class Engine:
         """The model with empty weights: partitioned while it is made at stage 3, else whole."""
         place: Any = self.world.device
         if self.stage == 3:
+            sizes = self.world.gather_objects(second_partition(recipe.ds_config))
+            patience = timedelta(seconds=recipe.train.ddp_timeout)
+            internals.group_for_second_partition(sizes, self.world.rank, patience)
             # The dtype comes from the configuration: on a CPU zero.Init misreads its argument.
             place = internals.PartitionedInit(
                 config_dict_or_path=recipe.ds_config, mem_efficient_linear=False

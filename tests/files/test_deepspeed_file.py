@@ -155,7 +155,7 @@ def test_an_agreeing_optimizer_section_is_ours_to_make(tmp_path: Path) -> None:
 
 
 def test_shipped_files_are_found_by_name_and_strangers_are_not(tmp_path: Path) -> None:
-    stages = {"zero0": 0, "zero2": 2, "zero3": 3, "zero3_offload": 3}
+    stages = {"zero0": 0, "zero2": 2, "zero3": 3, "zero3_nodes": 3, "zero3_offload": 3}
     for name, stage in stages.items():
         for spelled in (name, f"{name}.json"):
             path = find_ds_config(spelled)
@@ -163,7 +163,7 @@ def test_shipped_files_are_found_by_name_and_strangers_are_not(tmp_path: Path) -
                 facts = Facts(world, SHAPE, bf16=True)
                 assert zero_stage(resolve_ds_config(path, TRAIN, facts)) == stage
     assert find_ds_config(None) == find_ds_config("zero3")
-    with pytest.raises(RequestError, match="shipped with minilora: zero0, zero2, zero3, zero3_off"):
+    with pytest.raises(RequestError, match="shipped with minilora: zero0, zero2, zero3, zero3_no"):
         find_ds_config("ds_z3_config.json")
     own = tmp_path / "zero3.json"
     own.write_text("{}", encoding="utf-8")

@@ -131,7 +131,6 @@ def test_no_key_has_two_fates_and_kinds_are_deepspeeds() -> None:
 @pytest.mark.parametrize(
     ("zero", "words"),
     [
-        ({"zero_hpz_partition_size": 2}, "hpZ is not supported yet"),
         ({"mics_shard_size": 4}, "no MiCS any more"),
         ({"mics_hierarchical_params_gather": True}, "no such feature"),
         ({"zero_quantized_weights": True}, "in the dtype of the run"),

@@ -15,7 +15,7 @@ from tests.support.prepared import prepared_of
 from tests.support.processes import Launch
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-FILES = ("zero0", "zero2", "zero3", "zero3_offload")
+FILES = ("zero0", "zero2", "zero3", "zero3_nodes", "zero3_offload")
 
 
 def shipped(name: str) -> dict[str, Any]:
@@ -101,6 +101,9 @@ def test_the_trainer_fills_them_in(name: str, tiny: Path, tmp_path: Path) -> Non
     config = HfTrainerDeepSpeedConfig(shipped(name))
     config.trainer_config_process(arguments)
     config.trainer_config_finalize(arguments, model, num_training_steps=10)
+    # The Trainer knows no "auto" for the second partition, which ds_configs/README.md says.
+    left = config.config["zero_optimization"].pop("zero_hpz_partition_size", None)
+    assert left == ("auto" if name == "zero3_nodes" else None)
     assert "auto" not in json.dumps(config.config)
     assert config.config["train_micro_batch_size_per_gpu"] == 3
     assert config.config["gradient_accumulation_steps"] == 5

@@ -2,6 +2,9 @@
 
 python -m tests.support.forked RANKS MODULE [ARGUMENTS]
 
+RANKS is a number, or MACHINESxRANKS: then the processes learn from their environment that they are
+so many machines with so many ranks each.
+
 Those imports take each process of a launcher about five seconds of CPU time. Ranks that are forked
 are processes like a launcher's, with the same environment variables, and joined over gloo in the
 same way. Only the imports are shared. What needs a real launcher (its signals, its words, its
@@ -30,16 +33,19 @@ def prepare_to_fork() -> None:
 
 def main() -> int:
     """As under a launcher, the failure of one rank ends the others, and its exit code is ours."""
-    ranks, module = int(sys.argv[1]), sys.argv[2]
+    places, module = sys.argv[1:3]
     del sys.argv[1:3]
+    machines, _, here = f"1x{places}".rpartition("x")
+    local = int(here)
+    ranks = local * int(machines.rpartition("x")[2])
     prepare_to_fork()
     os.environ |= {
         "WORLD_SIZE": str(ranks),
-        "LOCAL_WORLD_SIZE": str(ranks),
+        "LOCAL_WORLD_SIZE": str(local),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(free_port()),
     }
-    running = {fork_rank(rank, module) for rank in range(ranks)}
+    running = {fork_rank(rank, rank % local, module) for rank in range(ranks)}
     failure = 0
     while running:
         ended, status = os.wait()
@@ -51,12 +57,12 @@ def main() -> int:
     return failure
 
 
-def fork_rank(rank: int, module: str) -> int:
-    """Run the module in a child, which has this rank; returns its process id."""
+def fork_rank(rank: int, local_rank: int, module: str) -> int:
+    """Run the module in a child, which has these ranks; returns its process id."""
     child = os.fork()
     if child:
         return child
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(local_rank)}
     code = 0
     try:
         runpy.run_module(module, run_name="__main__", alter_sys=True)

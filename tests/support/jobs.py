@@ -5,7 +5,8 @@ python -m tests.support.forked RANKS tests.support.jobs JOBS.json
 JOBS.json is a list of settings (flat, as on the command line). Starting processes is what costs
 on a small machine, so tests that need the same number of them share one start. Each job leaves in
 its output_dir what `minilora.train` leaves, and costs.json: per rank the bytes read from the base
-weights, and the bytes that each optimizer step gathered.
+weights, the bytes that each optimizer step gathered, and those of them whose groups of ranks span
+machines.
 """
 
 from __future__ import annotations
@@ -31,7 +32,14 @@ from minilora.training.checks import check
 from minilora.training.engine import Engine
 from minilora.training.run import run_in
 
-GATHERED: list[int] = [0]
+# What the step under way has gathered: in all, and in groups of ranks that span machines.
+GATHERED: list[int] = [0, 0]
+
+
+def spans_machines(group: Any) -> bool:
+    ranks = torch.distributed.get_process_group_ranks(group)
+    size = int(os.environ.get("LOCAL_WORLD_SIZE", "0")) or len(ranks)
+    return len({rank // size for rank in ranks}) > 1
 
 
 def count_gathered_bytes() -> None:
@@ -44,6 +52,7 @@ def count_gathered_bytes() -> None:
 
         def gather(output_tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
             GATHERED[0] += output_tensor.nbytes
+            GATHERED[1] += output_tensor.nbytes * spans_machines(kwargs["group"])
             return function(output_tensor, *args, **kwargs)
 
         return gather
@@ -56,6 +65,7 @@ class Watch:
 
     def __init__(self) -> None:
         self.steps: list[int] = []
+        self.crossing: list[int] = []
         self.bytes_read = 0
         self.weights: dict[str, torch.Tensor] = {}
         self.keep_weights = False
@@ -65,7 +75,8 @@ class Watch:
         def watched_step(engine: Engine, rate: float) -> float:
             norm = step(engine, rate)
             self.steps.append(GATHERED[0])
-            GATHERED[0] = 0
+            self.crossing.append(GATHERED[1])
+            GATHERED[:] = 0, 0
             if len(self.steps) + 1 == self.stop_after:
                 os.kill(os.getpid(), signal.SIGTERM)  # noticed in the next step, the last one
             return norm
@@ -75,7 +86,7 @@ class Watch:
             self.bytes_read = engine.bytes_read
             if self.keep_weights:
                 self.weights = whole_weights(engine)
-            self.steps, GATHERED[0] = [], 0
+            self.steps, self.crossing, GATHERED[:] = [], [], (0, 0)
 
         Engine.step, Engine.__init__ = watched_step, watched_build  # type: ignore[method-assign]
 
@@ -114,7 +125,8 @@ def main() -> None:
             (Path(job["output_dir"]) / "refused.json").write_text(problems, encoding="utf-8")
             continue
         assert not refused, job
-        costs = world.gather_objects({"bytes_read": watch.bytes_read, "gathered": watch.steps})
+        cost = {"bytes_read": watch.bytes_read, "gathered": watch.steps, "crossing": watch.crossing}
+        costs = world.gather_objects(cost)
         output = Path(job["output_dir"])
         if world.rank == 0:
             (output / "costs.json").write_text(json.dumps(costs), encoding="utf-8")
