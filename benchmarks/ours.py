@@ -169,11 +169,12 @@ def _ds_file(turns: Turns, size: Size) -> Path:
         path = find_ds_config(f"zero{turns.order.variant.stage}")
         config = json.loads(path.read_text(encoding="utf-8"))
         if turns.order.variant.stage == 3 and turns.order.size != "8b":
+            matrices = size.shape.in_bits(turns.order.variant.bits).held_matrices().values()
             config["zero_optimization"] |= {
-                "stage3_param_persistence_threshold": size.smallest_weight - 1,
-                "stage3_prefetch_bucket_size": size.block,
-                "stage3_max_live_parameters": 5 * size.block,
-                "stage3_max_reuse_distance": size.block,
+                "stage3_param_persistence_threshold": min(matrices) - 1,
+                "stage3_prefetch_bucket_size": sum(matrices),
+                "stage3_max_live_parameters": 5 * sum(matrices),
+                "stage3_max_reuse_distance": sum(matrices),
             }
     made = Path(turns.order.folder) / f"{turns.order.variant.name}-ds-{turns.rank}.json"
     made.write_text(json.dumps(config), encoding="utf-8")
