@@ -329,6 +329,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             torch.cuda.set_per_process_memory_fraction(min(1.0, left / total))
         real = int(os.environ.get("WORLD_SIZE", "1")) > 1
         world = World(TrainSettings()) if real else Pretended(own.ranks, own.device)
+        if isinstance(world, World):
+            world.open_device(TrainSettings())
         chosen = cases if own.only is None else cases[own.only : own.only + 1]
         rows = [row(case, own, world) for case in chosen]
         if world.rank:

@@ -71,6 +71,7 @@ def run(turns: Turns) -> None:
     settings = _settings(turns, size)
     engine_module.read_parts = fill  # type: ignore[assignment]
     world = World(settings.train)
+    world.open_device(settings.train)
     turns.mark("processes")
     plan, options = _plan(turns, size, settings), settings.train
     per_step = world.size * options.per_device_train_batch_size

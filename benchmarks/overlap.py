@@ -115,6 +115,8 @@ def main() -> None:
     size, real = SIZES[own.size], "RANK" in os.environ
     on_gpu = torch.cuda.is_available()
     world = World(TrainSettings()) if real else Pretended(own.ranks, "cuda" if on_gpu else "cpu")
+    if isinstance(world, World):
+        world.open_device(TrainSettings())
     found: dict[str, Any] = {}
     for prefetch in (True, False) if real else (not own.no_prefetch,):
         case = memory.Case(

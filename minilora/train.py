@@ -10,9 +10,11 @@ import traceback
 from collections.abc import Sequence
 from typing import NoReturn
 
+from minilora.processes.launcher import several_machines
 from minilora.processes.signals import Stopped, stopping_at_once
 from minilora.settings.command_line import read_settings
-from minilora.settings.errors import RequestError, RunError
+from minilora.settings.errors import JoinError, RequestError, RunError
+from minilora.settings.settings import Settings
 from minilora.settings.terminal import Lasting
 
 # Seconds that the other ranks leave to rank 0 for its message; the launcher ends them sooner.
@@ -21,8 +23,10 @@ LAST_WORDS = 20
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command. Returns 0 done, 1 the run failed, 2 the request is wrong, 128 + signal."""
+    # Torch logs with a trace of C++ when a connection ends that our own messages tell of.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
-        settings = read_settings(sys.argv[1:] if argv is None else argv, "train")
+        settings = _read(sys.argv[1:] if argv is None else argv)
 
         # Imported after the settings are read, because importing torch and DeepSpeed takes longer
         # than refusing a wrong setting; and before signals raise, because C code that imports
@@ -34,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RequestError as error:
         return _refuse(2, error.problems)
     except RunError as error:
-        return 1 if error.told else _refuse(1, [str(error)])
+        return 1 if error.told else _refuse(1, [str(error)], isinstance(error, JoinError))
     except KeyboardInterrupt:  # before signals raise Stopped
         if _is_rank0():
             print("error: SIGINT: stopped before the start", file=sys.stderr, flush=True)
@@ -46,14 +50,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _read(argv: Sequence[str]) -> Settings | RequestError:
+    """The settings, or what is wrong with them.
+
+    With several machines that is told when all have joined: their files may differ. Raises
+    RequestError where there is one machine.
+    """
+    try:
+        return read_settings(argv, "train")
+    except RequestError as error:
+        if not several_machines():
+            raise
+        return error
+
+
 def _is_rank0() -> bool:
     """Whether this process speaks for all. One that no launcher started speaks for itself."""
     return os.environ.get("RANK", "0") == "0" or "MASTER_ADDR" not in os.environ
 
 
-def _refuse(code: int, problems: Sequence[str]) -> int:
-    """Rank 0 says what is wrong. The others wait, so that its words and exit code are the first."""
-    if _is_rank0():
+def _refuse(code: int, problems: Sequence[str], apart: bool = False) -> int:
+    """Rank 0 says what is wrong. The others wait, so that its words and exit code are the first.
+
+    apart: the machines did not find each other, so a rank of each says it
+    """
+    if _is_rank0() or (apart and os.environ.get("LOCAL_RANK") == "0"):
         print(*(f"error: {problem}" for problem in problems), sep="\n", file=sys.stderr, flush=True)
         return code
 

@@ -105,15 +105,18 @@ def write_snapshot(
     return final
 
 
-def last_snapshot(output: Path) -> str:
-    """A sentence for the end of a run: which snapshot it can be resumed from."""
+def last_snapshot(output: Path, place: str = "") -> str:
+    """A sentence for the end of a run: which snapshot it can be resumed from.
+
+    place: words behind its name, such as the machine that it is on
+    """
     try:
         folder = find_snapshot(output, "true")
     except OSError:
         folder = None
     if folder is None:
         return "there is no snapshot to resume from"
-    return f"the last snapshot is {folder}: --resume_from_checkpoint true resumes from there"
+    return f"the last snapshot is {folder}{place}: --resume_from_checkpoint true resumes from there"
 
 
 def find_snapshot(output: Path, request: str | None) -> Path | None:

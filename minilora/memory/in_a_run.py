@@ -162,7 +162,7 @@ def foresee(
         on_gpu=world.device.type == "cuda",
     )
     # The ranks must decide the same, so that the one with the least memory decides.
-    free = min(world.gather_objects(free_memory(world.device, world.size)))
+    free = min(world.gather_objects(free_memory(world.device, world.sharing)))
     if saves_what_fits:
         job = keep_most_blocks(job, free)
     return Forecast(asked, Way(asked.file, job), files, free)

@@ -85,6 +85,7 @@ def record_history() -> None:
 
 def write_history(path: Path) -> None:
     """Write what was noted, in torch's format, which https://pytorch.org/memory_viz shows."""
+    path.parent.mkdir(parents=True, exist_ok=True)  # of another machine it may not be there yet
     torch.cuda.memory._dump_snapshot(str(path))  # type: ignore[no-untyped-call]
 
 

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from minilora.settings.errors import RequestError, RunError
+from minilora.settings.errors import JoinError, RequestError
 
 # What torch.distributed reads once RANK is set (torch/distributed/rendezvous.py).
 NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -42,11 +42,17 @@ def ranks_of_this_machine() -> int | None:
     return int(said[0]) if said else None
 
 
+def several_machines() -> bool:
+    """Whether the launcher has started processes on other machines too, as far as it says so."""
+    here = ranks_of_this_machine()
+    return here is not None and "RANK" in os.environ and str(here) != os.environ.get("WORLD_SIZE")
+
+
 @contextmanager
 def joining() -> Iterator[None]:
     """Turn what torch says when processes cannot join into one line.
 
-    Raises RequestError for a port that is taken, RunError for anything else.
+    Raises RequestError for a port that is taken, JoinError for anything else.
     """
     try:
         yield
@@ -61,7 +67,7 @@ def joining() -> Iterator[None]:
                 ]
             ) from None
         reason = " ".join(str(error).partition("\n")[0].split())
-        raise RunError(
+        raise JoinError(
             f"the processes could not join at {address}:{port}: {reason}; do MASTER_ADDR and "
             "MASTER_PORT name rank 0's machine?"
         ) from None

@@ -1,4 +1,4 @@
-"""Whether the other processes of this machine still run: no rank waits for one that does not."""
+"""Whether the other processes of the run still live: no rank waits for one that does not."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -14,6 +15,15 @@ import torch.distributed as dist
 
 from minilora.files.output_folder import is_claimed
 from minilora.files.snapshot import last_snapshot
+from minilora.processes.board import (
+    ANSWER_SECONDS,
+    FLOOR_SECONDS,
+    SILENT_LOOKS,
+    SUSPICIOUS_LOOKS,
+    WORD_LOOKS,
+    Board,
+)
+from minilora.processes.machines import Process, Store, machines_of
 from minilora.processes.signals import SIGNALS
 from minilora.settings.errors import RunError
 from minilora.settings.settings import TrainSettings
@@ -21,88 +31,133 @@ from minilora.settings.settings import TrainSettings
 # Ranks that are done, or that all fail for one reason, do not end at the same moment. A rank that
 # has ended counts as lost only after this time.
 GRACE_SECONDS = 3
-
-# A machine or container, and the number of a process there.
-Process = tuple[str, int]
-
-
-def this_process() -> Process:
-    """This process, as others can look for it."""
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii")
-    # Containers of one machine share the boot, but each counts its processes on its own.
-    numbering = os.readlink("/proc/self/ns/pid")
-    return boot + numbering, os.getpid()
+# How long a rank whose collective failed waits for news of another machine: a word there comes
+# after GRACE_SECONDS, and counts after WORD_LOOKS.
+NEWS_SECONDS = GRACE_SECONDS + WORD_LOOKS + 4
 
 
 class Watch:
-    """Looks every second whether the other ranks of this machine still run.
+    """Looks every second whether the other ranks of this machine, and other machines, still live.
 
     A collective whose partner is gone fails at once, or after ddp_timeout, or never (NCCL). This
-    ends the process in seconds, whatever it waits for, and says which rank was lost.
+    ends the process in seconds, whatever it waits for, and says who was lost.
 
     over: set it when the run is over, and ranks may end
+    saved: a sentence on the last snapshot, from rank 0's machine; "" before it is known
     """
 
-    def __init__(self, rank: int, processes: Sequence[Process], train: TrainSettings) -> None:
-        """processes: those of all ranks, by rank."""
-        here = processes[rank][0]
+    def __init__(
+        self, rank: int, processes: Sequence[Process], train: TrainSettings, store: Store
+    ) -> None:
+        """processes: those of all ranks, by rank; store: where all of them can be told things."""
+        machines = machines_of(processes)
+        mine = next(number for number, one in enumerate(machines) if rank in one.ranks)
         self._rank = rank
-        self._pids = {other: pid for other, (place, pid) in enumerate(processes) if place == here}
+        self._pids = {other: processes[other].pid for other in machines[mine].ranks}
+        self._place = f"{machines[mine].name}: " if len(machines) > 1 else ""
         self._patience = train.ddp_timeout
+        self._silent_looks = SILENT_LOOKS
         self._output = Path(train.output_dir or "")
+        self._is_leaving, self._is_ending = False, False
+        self.saved = ""
         self.over = threading.Event()
+        self._board = Board(store, machines, mine, self.over) if len(machines) > 1 else None
         self._thread = threading.Thread(target=self._look, daemon=True)
         self._thread.start()
 
     def lost(self) -> dict[int, str]:
-        """By rank, what has become of those that do not run."""
+        """By rank, what has become of those of this machine that do not run."""
         fates = {rank: _fate(pid) for rank, pid in self._pids.items()}
-        return {rank: f"rank {rank} {fate}" for rank, fate in fates.items() if fate}
+        return {rank: f"{self._place}rank {rank} {fate}" for rank, fate in fates.items() if fate}
 
     def settle(self, error: RuntimeError) -> None:
         """Find out whether an error is a collective's that failed because a rank is lost.
 
         Returns if it is no collective's and no rank is lost. If a rank is lost, the thread ends
         this process, and there is no return. Raises RunError if the ranks lost touch though all of
-        this machine run.
+        this machine run, and nothing is known of another one.
         """
         # The launcher answers the loss of a rank with a signal, but the last words come first.
         for number in SIGNALS:
             signal.signal(number, signal.SIG_IGN)
+        is_collective = isinstance(error, dist.DistError) or "gloo" in str(error)
 
-        deadline = time.monotonic() + GRACE_SECONDS
+        # News of another machine comes to the thread, which then ends this process.
+        self._silent_looks = SUSPICIOUS_LOOKS
+        patience = NEWS_SECONDS if self._board and is_collective else GRACE_SECONDS
+        deadline = time.monotonic() + patience
         while not self.lost() and time.monotonic() < deadline:
             time.sleep(0.1)
-        if self.lost():
+        if self.lost() or self._is_ending:
             self._thread.join()
 
-        if isinstance(error, dist.DistError) or "gloo" in str(error):
-            # The first line, without the place in torch's source in front of it.
-            reason = str(error).partition("\n")[0].rpartition("] ")[2]
-            last = last_snapshot(self._output)
-            raise RunError(f"the ranks lost touch: {reason}; {last}") from None
+        if is_collective:
+            words = f"the ranks lost touch: {reason_of(error)}"
+            self.leave_word(words)
+            raise RunError(f"{words}; {self.last_snapshot()}") from None
+
+    def last_snapshot(self) -> str:
+        """A sentence on the snapshot that the run can be resumed from."""
+        if self._board is None or not self.saved:
+            return last_snapshot(self._output)
+        return self.saved
+
+    def leave_word(self, word: str) -> None:
+        """Tell the other machines why this rank ends. Rank 0 says it here too, so nobody else does.
+
+        Nothing is done where there is one machine.
+        """
+        if self._board is None or self.over.is_set():
+            return
+        self._is_leaving = True
+        self._board.leave(f"{self._place}{word}")
+        if self._rank == 0:
+            self._board.take_floor()
+            # Under DeepSpeed's launcher the board ends with rank 0, so all must have read it.
+            time.sleep(ANSWER_SECONDS)
+
+    @contextmanager
+    def at_most(self, seconds: float, too_late: str) -> Iterator[None]:
+        """End this process, for the reason `too_late`, if what is done inside takes longer."""
+        late = threading.Timer(seconds, self.end, [too_late])
+        late.daemon = True
+        late.start()
+        try:
+            yield
+        finally:
+            late.cancel()
 
     def end(self, reason: str) -> None:
-        """End the process; the lowest rank here that still runs says why.
+        """End the process; the lowest rank here that still runs says why, if nobody else does.
 
         reason: what is said if no rank is lost. Nothing is said if rank 0 is gone and left in good
         order, for then it has said it.
         """
+        self._is_ending = True
         lost = self.lost()
         is_lowest = self._rank == min(self._pids.keys() - lost.keys())
-        # Rank 0 removes its claim when it leaves in good order.
-        rank0_was_silent = 0 not in lost or is_claimed(self._output)
-        if is_lowest and rank0_was_silent:
-            words = [*(lost.values() or [reason]), last_snapshot(self._output)]
-            os.write(2, f"\nerror: {'; '.join(words)}\n".encode())
+        if is_lowest:
+            self._say("; ".join(lost.values()) or reason, 0 in lost)
 
-        # The others must find this rank alive when they decide which of them is the lowest.
-        time.sleep(GRACE_SECONDS)
+        # The others must find this rank alive when they decide which of them is the lowest. That
+        # one may wait for rank 0's machine to speak, and the launcher ends it with the first.
+        waits = self._board is not None and self._board.defers and not is_lowest
+        time.sleep(GRACE_SECONDS + (FLOOR_SECONDS if waits else 0))
         os._exit(1)
+
+    def _say(self, words: str, rank0_is_lost: bool) -> None:
+        # Rank 0 removes its claim when it leaves in good order.
+        if rank0_is_lost and not is_claimed(self._output):
+            return
+        if self._board is not None:
+            self._board.leave(words)
+            if not self._board.take_floor():
+                return
+        os.write(2, f"\nerror: {words}; {self.last_snapshot()}\n".encode())
 
     def _look(self) -> None:
         lost_since: dict[str, float] = {}
-        while not self.over.wait(1):
+        while not self.over.wait(1) and not self._is_leaving:
             now = time.monotonic()
             lost_since = {fate: lost_since.get(fate, now) for fate in self.lost().values()}
             for fate, start in lost_since.items():
@@ -110,6 +165,17 @@ class Watch:
                 patience = self._patience if "stopped" in fate else GRACE_SECONDS
                 if now - start >= patience:
                     self.end("")
+
+            if self._board is not None:
+                self._board.look()
+                if verdict := self._board.verdict(self._silent_looks):
+                    self.end(verdict)
+
+
+def reason_of(error: RuntimeError) -> str:
+    """What a collective says of its failure: one line, without the place in torch's source."""
+    line = str(error).partition("\n")[0]
+    return (line.partition("] ")[2] or line).partition(" This is typically")[0]
 
 
 def _fate(pid: int) -> str:

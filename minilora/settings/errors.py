@@ -24,6 +24,10 @@ class RunError(Exception):
     told = False
 
 
+class JoinError(RunError):
+    """The processes could not join, so that each machine has to say it itself."""
+
+
 def shortened(problems: Sequence[str], most: int = 5) -> list[str]:
     """The first of many problems of one kind, and a line that says how many more there are."""
     shown = list(problems[:most])

@@ -103,12 +103,15 @@ def check(settings: Settings) -> CheckedRequest:
             kept_blocks(settings, config.shape)
         problems += window_problem(config.shape, settings.data.cutoff_len, "cutoff_len")
 
-    # Where the run writes, and what it resumes from.
-    with _collecting(problems):
-        _check_output(settings)
-    with _collecting(problems):
-        find_snapshot(settings.output, train.resume_from_checkpoint)
-    if config is not None and lora is not None:
+    # Where the run writes, and what it resumes from. Rank 0 does that alone, and other machines
+    # need not even have the folder.
+    is_rank0 = os.environ.get("RANK", "0") == "0"
+    if is_rank0:
+        with _collecting(problems):
+            _check_output(settings)
+        with _collecting(problems):
+            find_snapshot(settings.output, train.resume_from_checkpoint)
+    if is_rank0 and config is not None and lora is not None:
         with _collecting(problems):
             size = SNAPSHOT_BYTES * lora.size(config.shape)
             check_room(settings.output, size, draft_bytes(settings.output))
@@ -136,11 +139,11 @@ def check(settings: Settings) -> CheckedRequest:
 def _data_problems(settings: Settings, has_config: bool) -> list[str]:
     """What is wrong with the data of a request that is refused anyway, so that all is said at once.
 
-    The data of a sound request are read later, by one process of each machine. Only rank 0 looks
-    here, for it alone tells the user.
+    The data of a sound request are read later, by one process of each machine. Only one of each
+    looks here, too.
     """
     problems: list[str] = []
-    if os.environ.get("RANK", "0") != "0":
+    if os.environ.get("LOCAL_RANK", "0") != "0":
         return problems
     if has_config:  # else there is no model folder, which has been said
         with _collecting(problems):

@@ -6,7 +6,7 @@ What is private in DeepSpeed stays in deepspeed_internals.py. No other file impo
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Callable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -166,10 +166,11 @@ class Engine:
                 if self.world.rank == 0:
                     yield f"{name}.{moment}", whole.detach().cpu().clone()
 
-    def restore(self, tensors: Mapping[str, Tensor], steps: int) -> None:
+    def restore(self, tensor: Callable[[str], Tensor], steps: int) -> None:
         """Put back the masters and moments of a snapshot, whatever stage and ranks it came from.
 
-        tensors: as `trained_tensors` and `moments` name them; steps: optimizer steps done so far.
+        tensor: gives each by its name, as `trained_tensors` and `moments` name them, and is asked
+        once, by all ranks in the same order. steps: optimizer steps done so far.
         """
         # AdamW makes its state at its first step. It must exist before anything is put into it.
         for flat in self._optimized():
@@ -178,15 +179,16 @@ class Engine:
         self._link_moments()
 
         for name, parameter in lora_parameters(self.model):
-            moments = {moment: tensors[f"{name}.{moment}"] for moment in MOMENTS}
+            master = tensor(name)
+            moments = {moment: tensor(f"{name}.{moment}") for moment in MOMENTS}
             # The parameter that is computed with, which bf16 training keeps beside the master.
             start, kept = self._partition(parameter)
-            kept.copy_(tensors[name].view(-1)[start : start + len(kept)])
+            kept.copy_(master.view(-1)[start : start + len(kept)])
 
             if self.stage == 3:
-                internals.set_partition(parameter, tensors[name], moments, self.world.rank)
+                internals.set_partition(parameter, master, moments, self.world.rank)
             elif self.stage:
-                ds.safe_set_full_fp32_param(parameter, tensors[name])
+                ds.safe_set_full_fp32_param(parameter, master)
                 for moment, value in moments.items():
                     ds.safe_set_full_optimizer_state(parameter, value, moment)
             else:

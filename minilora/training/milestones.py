@@ -107,7 +107,9 @@ def make_up_validation(job: Job, state: State, best: Best) -> Best:
     best = validate(job, best, state.step)
 
     # A best step needs a snapshot that holds its adapter.
-    if job.settings.train.load_best_model_at_end and not Path(best.folder).exists():
+    is_there = job.world.rank == 0 and Path(best.folder).exists()
+    is_there = job.world.gather_objects(is_there)[0]
+    if job.settings.train.load_best_model_at_end and not is_there:
         write_checkpoint(job, replace(state, best=vars(best)))
     return best
 
@@ -160,6 +162,7 @@ def write_checkpoint(job: Job, state: State, to_resume: bool = False) -> None:
         job.log.warn(prune(output, train.save_total_limit, folder, best))
 
     job.on_rank0(write)
+    job.world.announce_snapshot(output)
 
 
 def finish(job: Job, best: Best) -> None:

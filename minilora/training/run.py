@@ -19,8 +19,8 @@ from minilora.files.deepspeed_file import zero_stage
 from minilora.files.model_card import CARD, adapter_card, write_card
 from minilora.files.output_folder import claimed
 from minilora.files.rotation import delete_drafts
-from minilora.files.snapshot import last_snapshot
-from minilora.files.weights import check_tied_head
+from minilora.files.snapshot import State
+from minilora.files.weights import Checkpoint, check_tied_head
 from minilora.memory.in_a_run import Forecast, OutOfMemory, foresee
 from minilora.memory.measured import is_out_of_memory, read_memory
 from minilora.processes.launcher import check_launcher
@@ -29,7 +29,7 @@ from minilora.processes.startup_times import StartupTimes
 from minilora.processes.world import World
 from minilora.report.run_log import RESULTS, Report, Totals
 from minilora.settings.errors import RequestError, RunError
-from minilora.settings.settings import Settings
+from minilora.settings.settings import Settings, TrainSettings
 from minilora.settings.text_files import read_json
 from minilora.training.advice import Amounts, advice
 from minilora.training.checks import CheckedRequest, check
@@ -37,48 +37,75 @@ from minilora.training.engine import Engine
 from minilora.training.job import Job
 from minilora.training.loop import train
 from minilora.training.remaining_steps import check_rates, is_finished, nothing_left
+from minilora.training.same_machines import (
+    check_same_data,
+    check_same_settings,
+    check_same_weights,
+)
 from minilora.training.same_run import base_digest, data_digests
 from minilora.training.shared_documents import shared_documents
-from minilora.training.starting_point import StartingPoint, starting_point
+from minilora.training.starting_point import StartingPoint, shared_starting_point
 
 
-def run(settings: Settings) -> None:
-    """Check everything, join the processes, train, save.
+def run(asked: Settings | RequestError) -> None:
+    """Join the processes, check everything, train, save.
 
-    Raises RequestError before the first step, RunError or Stopped for what happens in the run.
+    asked: or what is wrong with the settings of this machine, which all are to learn. Raises
+    RequestError before the first step, RunError or Stopped for what happens in the run.
     """
     times = StartupTimes()
     times.finished("imports")
     check_launcher()
-    request = check(settings)
+    request = asked if isinstance(asked, RequestError) else _checked(asked)
     times.finished("checks")
 
-    world = World(settings.train)
+    # The ranks join before anything that was found wrong is raised, so that nobody waits for a
+    # machine that has given up, and before a GPU is touched.
+    train = TrainSettings() if isinstance(asked, RequestError) else asked.train
+    world = World(train)
     try:
+        with world.agreed():
+            if isinstance(request, RequestError):
+                raise request
+        assert isinstance(request, CheckedRequest)
+        check_same_settings(world, request)
+        world.open_device(train)
         world.try_links()
         with ExitStack() as stack:
             with world.agreed():
                 if world.rank == 0:
-                    stack.enter_context(claimed(settings.output))
-                    delete_drafts(settings.output)
+                    stack.enter_context(claimed(request.settings.output))
+                    delete_drafts(request.settings.output)
+            world.announce_snapshot(request.settings.output)
             times.finished("processes")
             run_in(world, request, times)
             world.close()
 
     # Whatever ended the run, the user learns which ranks are gone, and where to resume.
     except (RunError, Stopped) as error:
-        what_is_left = [*world.watch.lost().values(), last_snapshot(settings.output)]
+        what_is_left = [*world.watch.lost().values(), world.watch.last_snapshot()]
+        world.watch.leave_word(str(error))
         error.args = ("; ".join([str(error), *what_is_left]),)
         if isinstance(error, OutOfMemory):
             error.tell(world)
         raise
-    except RuntimeError as error:
-        # A collective raises this where a rank is lost; `settle` then ends the process.
-        if not is_out_of_memory(error):
+    except RequestError:
+        raise
+    except Exception as error:
+        # A collective raises a RuntimeError where a rank is lost; `settle` then ends the process.
+        if isinstance(error, RuntimeError) and not is_out_of_memory(error):
             world.watch.settle(error)
+        world.watch.leave_word(f"rank {world.rank}: {type(error).__name__}: {error}")
         raise
     finally:
         world.watch.over.set()
+
+
+def _checked(settings: Settings) -> CheckedRequest | RequestError:
+    try:
+        return check(settings)
+    except RequestError as error:
+        return error
 
 
 def run_in(world: World, request: CheckedRequest, times: StartupTimes) -> None:
@@ -87,11 +114,13 @@ def run_in(world: World, request: CheckedRequest, times: StartupTimes) -> None:
 
     # Data first: the memory plan goes by the real lengths of the documents.
     documents, validation, base, notes = shared_documents(world, settings, shape)
-    info = about(world, request, base)
+    check_same_data(world, request, documents, validation, base)
+    check_same_weights(world, request.checkpoint)
     with world.agreed():
-        if world.rank == 0:
+        if world.leads:
             check_tied_head(request.checkpoint)
-        start = starting_point(request, documents, validation, info)
+    info = about(world, request, base)
+    start = shared_starting_point(world, request, documents, validation, info)
     done = (start.state.step, start.state.rows)
     schedule = Schedule.of(documents.lengths, settings, world.size, shape.break_even_length, done)
     times.finished("tokens")
@@ -101,7 +130,8 @@ def run_in(world: World, request: CheckedRequest, times: StartupTimes) -> None:
     end = nothing_left(start, settings, schedule.total_steps)
     if end is not None:
         tell(world, [end])
-        if all(world.gather_objects(is_finished(start, settings))):
+        finished = world.rank == 0 and is_finished(start, settings)
+        if world.gather_objects(finished)[0]:
             return
 
     # What the plan decides stands beside what was asked: neither overwrites the other.
@@ -113,9 +143,8 @@ def run_in(world: World, request: CheckedRequest, times: StartupTimes) -> None:
 
     with forecast.explaining(world.rank, settings.train):
         engine = Engine(world, request.recipe(decided.keep_blocks), times)
-        state = start.state_with(info, base_digest(request.checkpoint, engine.base_sums))
+        state = put_back(start, engine, request.checkpoint, info)
         if start.snapshot is not None:
-            engine.restore(start.tensors, start.state.step)
             tell(world, [resumes_from(start, schedule)])
         tell(
             world, start.notes, facts(request, engine, schedule, decided.keep_blocks), [str(times)]
@@ -139,6 +168,20 @@ def run_in(world: World, request: CheckedRequest, times: StartupTimes) -> None:
             )
             best = train(job)
             finish(job, best.results, forecast)
+
+
+def put_back(
+    start: StartingPoint, engine: Engine, checkpoint: Checkpoint, info: dict[str, Any]
+) -> State:
+    """The state that the run starts from, and what its snapshot holds in the engine. Collective.
+
+    Raises RequestError for base weights that are not those that the snapshot was made with.
+    """
+    world = engine.world
+    state = start.state_with(info, base_digest(checkpoint, engine.base_sums))
+    if start.snapshot is not None:
+        engine.restore(lambda name: world.from_rank0(start.tensors.get(name)), state.step)
+    return state
 
 
 def finish(job: Job, results: dict[str, float], forecast: Forecast) -> None:

@@ -30,7 +30,7 @@ def shared_documents(
     base = TokenizerFiles(settings.base, {})
     with ExitStack() as stack:
         with world.agreed():
-            if world.local_rank == 0:
+            if world.leads:
                 # A network file system keeps mapped files under other names until they are closed.
                 temporary = tempfile.TemporaryDirectory(
                     prefix="minilora-", ignore_cleanup_errors=True
@@ -40,8 +40,7 @@ def shared_documents(
                 base = prepared.tokenizer.files
                 made = folder, _save(prepared, Path(folder))
 
-        # Ranks of a machine follow each other, so the one that tokenised is rank - local_rank.
-        folder, notes = world.gather_objects(made)[world.rank - world.local_rank]
+        folder, notes = world.gather_objects(made)[world.machine.ranks[0]]
         documents = Documents.load(Path(folder, "train"))
         validation = Documents.load(Path(folder, "validation"))
         world.gather_objects(None)  # wait until every process has mapped the files

@@ -12,6 +12,7 @@ from torch import Tensor
 from minilora.data.documents import Documents
 from minilora.files.records import restored
 from minilora.files.snapshot import State, find_snapshot, read_state, read_tensors
+from minilora.processes.world import World
 from minilora.report.run_log import Totals
 from minilora.settings.errors import RequestError
 from minilora.training.best_model import best_before
@@ -25,7 +26,7 @@ class StartingPoint:
     """Where a run starts.
 
     snapshot: the folder to resume from, or None at the beginning; state: where the run stood
-    tensors: masters and moments by name, empty at the beginning
+    tensors: masters and moments by name; empty at the beginning, and on all ranks but the first
     notes: lines for the user
     """
 
@@ -75,3 +76,24 @@ def starting_point(
     shapes = request.lora.parameter_shapes(request.checkpoint.shape)
     moments = {f"{name}.{moment}": size for name, size in shapes.items() for moment in MOMENTS}
     return StartingPoint(folder, state, read_tensors(folder, shapes | moments), notes)
+
+
+def shared_starting_point(
+    world: World,
+    request: CheckedRequest,
+    documents: Documents,
+    validation: Documents,
+    about: dict[str, Any],
+) -> StartingPoint:
+    """What `starting_point` finds on rank 0, for all. Collective.
+
+    Snapshots lie on rank 0's machine, and the others need none: only rank 0 has the tensors, and
+    hands them on when they are put back.
+    """
+    found: StartingPoint | None = None
+    with world.agreed():
+        if world.rank == 0:
+            found = starting_point(request, documents, validation, about)
+    without_tensors = replace(found, tensors={}) if found is not None else None
+    shared: StartingPoint = world.gather_objects(without_tensors)[0]
+    return found or shared

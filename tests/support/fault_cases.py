@@ -18,9 +18,13 @@ def fault(at: str, do: str, ranks: tuple[int, ...] = (0,), count: int = 1) -> di
 
 
 def case(ground: Ground, name: str, *faults: dict[str, Any], **changes: Any) -> dict[str, Any]:
-    """A run of 6 steps with a snapshot after every second one."""
-    settings = {key: changes.pop(key) for key in ("ranks", "link_seconds", "claimed")
-                if key in changes}  # fmt: skip
+    """A run of 6 steps with a snapshot after every second one.
+
+    machines: the ranks of each, where there are several; own: settings of some of them, by number;
+    absent: ranks that end before they have done anything
+    """
+    keys = ("ranks", "link_seconds", "claimed", "machines", "own", "absent")
+    settings = {key: changes.pop(key) for key in keys if key in changes}
     job = {"max_steps": 6, "save_steps": 2, "per_device_train_batch_size": 4,
            "deepspeed": str(stage_file(ground.folder, 3)), **changes}  # fmt: skip
     job = ground.job(f"fault-{name.replace(' ', '-')}", "tiny", **job)

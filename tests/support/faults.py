@@ -39,6 +39,7 @@ HANGING_SECONDS = 1800
 AT_ONCE = 4  # cases; most of their time is waiting
 # Moments that a fault can be put before: where the function is looked up, and its name.
 MOMENTS: dict[str, tuple[Any, str]] = {
+    "start": (train, "read_settings"),
     "links": (world.World, "try_links"),
     "tokenising": (shared_documents, "prepare"),
     "loading": (engine, "read_parts"),
@@ -148,7 +149,14 @@ def start_rank(case: dict[str, Any], rank: int, port: int, folder: Path) -> int:
         return child
     place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(case["ranks"])}
     os.environ.update(place, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    os.environ["TMPDIR"] = str(folder)
+    job, temporary = case["job"], folder
+    for number, ranks in enumerate(case.get("machines", [])):
+        if rank in ranks:
+            job = job | case["own"].get(str(number), {})
+            temporary = folder / f"machine {number}"
+            become_machine(number, ranks.index(rank), len(ranks))
+    temporary.mkdir(exist_ok=True)
+    os.environ["TMPDIR"] = str(temporary)
     handle = os.open(folder / f"output-{rank}", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     os.dup2(handle, 1)
     os.dup2(handle, 2)
@@ -156,7 +164,16 @@ def start_rank(case: dict[str, Any], rank: int, port: int, folder: Path) -> int:
     for fault in case.get("faults", []):
         if rank in fault["ranks"]:
             inject(fault, case, folder / f"fault-{rank}")
-    train.leave(train.main([f"--{key}={value}" for key, value in case["job"].items()]))
+    if rank in case.get("absent", []):
+        os._exit(0)
+    train.leave(train.main([f"--{key}={value}" for key, value in job.items()]))
+
+
+def become_machine(number: int, local_rank: int, processes: int) -> None:
+    """Say what torchrun says on a machine of several: two launchers are two machines."""
+    os.environ["GROUP_RANK"] = str(number)
+    os.environ["LOCAL_RANK"] = str(local_rank)
+    os.environ["LOCAL_WORLD_SIZE"] = str(processes)
 
 
 class Running:
@@ -201,7 +218,7 @@ class Running:
             "codes": [code for code, _ in ends],
             "seconds": [end - first for _, end in ends],
             "outputs": [path.read_text(encoding="utf-8") for path in outputs],
-            "left": sorted(path.name for path in self.folder.glob("minilora-*")),
+            "left": sorted(path.name for path in self.folder.rglob("minilora-*")),
         }
 
 
