@@ -92,11 +92,10 @@ class Engine:
             ds.set_z3_leaf_modules(self.model, [Block])
         self.adam = self._optimizer(recipe.train)
         internals.import_muon()
-        ds_config = recipe.ds_config
-        if self.stage == 0:
-            ds_config = ds_config | {"bf16": {"enabled": False}}  # no masters beside the parameters
+        # At stage 0 there are no masters beside the parameters.
+        config = recipe.ds_config if self.stage else recipe.ds_config | {"bf16": {"enabled": False}}
         self.engine, *_ = deepspeed.initialize(
-            model=self.model, optimizer=self.adam, config=ds_config, dist_init_required=False
+            model=self.model, optimizer=self.adam, config=config, dist_init_required=False
         )
         self.engine.train()
         times.finished("DeepSpeed")
