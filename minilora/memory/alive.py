@@ -9,7 +9,8 @@ tests/promises/test_fits_in_memory.py holds the sums against what torch's alloca
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import groupby
 from typing import NamedTuple
 
 from minilora.memory.block import BlockMemory, rows
@@ -33,6 +34,9 @@ SCALED = "gradient of the normed rows, scaled"
 HEAD_ROOM = "room for the norm's backward"
 # On a CPU torch computes the backward of rms_norm in steps: the most that these hold at a time.
 NORM_BACKWARD = (LABELLED, *(f"norm's backward, tensor {number}" for number in range(1, 6)))
+
+# How many visits at each end of a run of blocks are looked at, see `that_can_be_worst`.
+ENDS = 3
 
 
 class Saved(NamedTuple):
@@ -168,6 +172,27 @@ class Alive:
             *(work or ()),
             *gradients(self._job, visit, first_tile),
         ]
+
+
+def that_can_be_worst(job: MemoryJob, visits: Iterable[Visit]) -> Iterator[Visit]:
+    """The visits of which one has the most memory of all, by moment too.
+
+    In a run of blocks whose visits hold the same, each block differs from the one before by the
+    same amounts: one saved input more or less, and the gradients of one block. So the most is at an
+    end of the run. Only near the ends a step is another one: two offloaded inputs stay on the GPU,
+    and the first block whose backward is done fills the buckets.
+    """
+    first_that_saves = job.shape.num_layers - job.keep_blocks
+
+    def what_it_holds(visit: Visit) -> tuple[object, ...]:
+        block = visit.module.block
+        kind = visit.module.name if block is None else block >= first_that_saves
+        return kind, visit.backward, visit.arriving, visit.held, visit.own
+
+    for _, run in groupby(visits, what_it_holds):
+        alike = list(run)
+        yield from alike[:ENDS]
+        yield from alike[max(ENDS, len(alike) - ENDS) :]
 
 
 def _inputs(job: MemoryJob) -> list[Term]:

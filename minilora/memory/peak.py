@@ -10,7 +10,7 @@ import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from minilora.memory.alive import Alive
+from minilora.memory.alive import Alive, that_can_be_worst
 from minilora.memory.job import MemoryJob
 from minilora.memory.terms import Term
 from minilora.memory.zero3_gathers import Gathers, Zero, modules_in_order
@@ -77,18 +77,11 @@ def peak_memory(job: MemoryJob) -> PeakMemory:
     largest_trained = max([*job.lora.values(), *job.whole.values()], default=0)
     by_moment = {"step": always + states, "save": always + 2 * 4 * largest_trained}
 
-    gathers = _gathers(
-        job.shape,
-        job.zero,
-        job.ranks,
-        tuple(job.lora.items()),
-        job.size,
-        embedding_trained=WHOLE["embed_tokens"] in job.whole,
-    )
+    gathers = gathers_of(job)
     alive = Alive(job)
     most, peak_moment = 0, ""
     at_peak: list[Term] = []
-    for visit in gathers.visits:
+    for visit in that_can_be_worst(job, gathers.visits):
         for moment, terms in alive.moments(visit):
             total = always + sum(term.bytes for term in terms)
             by_moment[moment] = max(by_moment.get(moment, 0), total)
@@ -102,6 +95,18 @@ def peak_memory(job: MemoryJob) -> PeakMemory:
         by_moment=by_moment,
         gathered=gathers.gathered * job.spans,
         host=tuple(_host(job)),
+    )
+
+
+def gathers_of(job: MemoryJob) -> Gathers:
+    """The gathers of a micro-step of this job."""
+    return _gathers(
+        job.shape,
+        job.zero,
+        job.ranks,
+        tuple(job.lora.items()),
+        job.size,
+        embedding_trained=WHOLE["embed_tokens"] in job.whole,
     )
 
 

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
-from minilora.memory.alive import Alive
+from collections.abc import Iterable
+from itertools import product
+from typing import Any
+
+import pytest
+
+from minilora.memory.alive import Alive, that_can_be_worst
 from minilora.memory.job import MemoryJob
+from minilora.memory.peak import gathers_of
 from minilora.memory.zero3_gathers import Module, Visit
-from tests.support.article import article
+from tests.support.article import FILES, article
 
 HIDDEN = 32768 * 4096 * 2  # bytes of the hidden states of a step
 
@@ -79,3 +86,25 @@ def test_logits_exist_in_both_types_where_the_product_is_bf16() -> None:
     assert half["loss chunk, logits in fp32"] == 1024 * 128256 * 4
     assert half["loss chunk, logits in bf16"] == 1024 * 128256 * 2
     assert "loss chunk, logits in bf16" not in full
+
+
+def worst(job: MemoryJob, visits: Iterable[Visit]) -> dict[str, int]:
+    """The most bytes by moment."""
+    most: dict[str, int] = {}
+    alive = Alive(job)
+    for visit in visits:
+        for moment, terms in alive.moments(visit):
+            most[moment] = max(most.get(moment, 0), sum(term.bytes for term in terms))
+    return most
+
+
+@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("offload", [False, True])
+def test_the_worst_is_among_the_visits_that_are_looked_at(file: str, offload: bool) -> None:
+    changes: dict[str, Any] = {"zero": FILES[file], "offload_activations": offload}
+    for keep, tokens, packed in product((0, 5, 32), (2048, None), (None, 4)):
+        job = article(quantization_bit=packed, keep_blocks=keep, gather_tokens=tokens, **changes)
+        visits = gathers_of(job).visits
+        looked_at = [*that_can_be_worst(job, visits)]
+        assert len(looked_at) < len(visits)
+        assert worst(job, looked_at) == worst(job, visits)
