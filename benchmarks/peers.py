@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -174,7 +175,7 @@ def _model(turns: Turns, size: Size) -> Any:
     else:
         with torch.device(order.device):
             model = LlamaForCausalLM._from_config(config, dtype=dtype)
-        _fill(model)
+        _fill(model.named_parameters())
     lora = LoraConfig(
         r=size.rank,
         lora_alpha=2 * size.rank,
@@ -182,7 +183,7 @@ def _model(turns: Turns, size: Size) -> Any:
         task_type="CAUSAL_LM",
     )
     model = get_peft_model(model, lora)
-    _fill(model)
+    _fill((name, each) for name, each in model.named_parameters() if each.requires_grad)
     return model
 
 
@@ -219,10 +220,8 @@ def held(model: Any) -> int:
     return total
 
 
-def _fill(model: Any) -> None:
-    for name, parameter in model.named_parameters():
-        if hasattr(parameter, "quant_state"):
-            continue
+def _fill(parameters: Iterable[tuple[str, Any]]) -> None:
+    for name, parameter in parameters:
         name = _our_name(name)
         shape = getattr(parameter, "ds_shape", parameter.shape)
         with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0), torch.no_grad():

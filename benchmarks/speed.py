@@ -115,15 +115,13 @@ def compare(player: Player, reference: Player) -> str:
     """Loss and LoRA gradients of the first step beside the peer's.
 
     Raises RuntimeError where they differ by more than rounding: in bf16, 32 blocks deep, that is
-    0.08 of a gradient's norm between two that are right, each 0.06 to 0.08 from fp32. On a CPU
-    bitsandbytes computes in bf16 what needs no gradient, such as a forward that is recomputed.
+    0.08 of a gradient's norm between two that are right, each 0.06 to 0.08 from fp32.
     """
     mine, theirs = player.news[0], reference.news[0]
     found, expected = (torch.load(news["gradients"]) for news in (mine, theirs))
     if found.keys() != expected.keys() or not expected:
         raise RuntimeError(f"{player.variant.name}: other parameters are trained")
-    in_fp32 = next(iter(expected.values())).dtype == torch.float32
-    exact = in_fp32 and not torch.cuda.is_available() and not player.variant.bits
+    exact = next(iter(expected.values())).dtype == torch.float32 and not torch.cuda.is_available()
     worst = max(
         float((found[name].float() - grad.float()).norm() / grad.float().norm())
         for name, grad in expected.items()

@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import save_file
 
 from minilora.files.adapter import WEIGHTS
+from minilora.files.model_card import CARD
 from minilora.files.weights import INDEX, SINGLE
 from minilora.merge import main as merge
 from minilora.report.run_log import RESULTS
@@ -147,3 +149,13 @@ def test_a_run_that_was_killed_before_its_end_gets_its_adapter(jobs: Jobs) -> No
     assert json.loads((output / RESULTS).read_text())["total_tokens"] > 0
     expected = (Path(jobs["whole"]["output_dir"]) / WEIGHTS).read_bytes()
     assert (output / WEIGHTS).read_bytes() == expected
+
+
+def test_a_run_leaves_a_model_card_that_the_hub_reads(jobs: Jobs) -> None:
+    output = Path(jobs["killed before the end"]["output_dir"])
+    card = ModelCard.load(output / CARD)
+    base = Path(jobs["whole"]["model_name_or_path"]).name
+    assert (card.data.base_model, card.data.library_name) == (base, "peft")
+    loss = json.loads((output / RESULTS).read_text(encoding="utf-8"))["train_loss"]
+    for line in ("- rows.jsonl", "| weight_decay | 0.1 |", f"| train_loss | {loss} |"):
+        assert f"\n{line}\n" in card.text, card.text
