@@ -25,13 +25,19 @@ def sound_jobs(ground: Ground, folder: Path) -> dict[str, dict[str, Any]]:
               "lora_dropout": 0.3, "adapter_name_or_path": "null"}  # fmt: skip
     packed = {"model_name_or_path": str(ground.models["packable"]), "quantization_bit": 4}
     changes: Runs = {
-        "ZeRO-3": {"stage": 3, "eval_dataset": str(ground.data), "eval_strategy": "epoch"},
+        "ZeRO-3": {
+            "stage": 3,
+            "eval_dataset": str(ground.data),
+            "eval_strategy": "steps",
+            "eval_steps": 2,
+            "load_best_model_at_end": True,
+        },
         "ZeRO-2": {"stage": 2, "bf16": True},
         "ZeRO-0, DoRA": {"stage": 0, "use_dora": True},
         "ZeRO-3, DoRA, 4 bits": {"stage": 3, "use_dora": True, **packed},
     }
     snapshot = str(folder / "ZeRO-3/checkpoint-2")
-    resumes = {"save_strategy": "no", "resume_from_checkpoint": snapshot}
+    resumes = {"resume_from_checkpoint": snapshot}
     changes["resumed"] = {**changes["ZeRO-3"], **resumes}
     found = {}
     for name, change in changes.items():
