@@ -27,7 +27,7 @@ class Pretended(World):
 
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE=str(size))
         dist.init_process_group("fake", rank=0, world_size=size, store=FakeStore())
-        self.rank, self.local_rank, self.size = 0, 0, size
+        self.rank, self.size, self.sharing = 0, size, size
         self.device = torch.device(device, 0) if device == "cuda" else torch.device("cpu")
 
     def gather_objects(self, mine: object) -> list[Any]:

@@ -14,14 +14,17 @@ from collections.abc import Callable, Sequence
 from minilora.processes.machines import Machine, Store
 
 BEAT_SECONDS = 0.5
-# A machine that was silent for so many looks, a second each, counts as lost. Python may be silent
-# for some seconds while it reads a JSON file of several GB.
-SILENT_LOOKS = 15
-# So many are enough where a collective has failed already.
-SUSPICIOUS_LOOKS = 4
-# How many looks a last word lies on the board before it ends those who read it: processes that all
-# fail for one reason do not fail at the same moment, and each says it itself.
-WORD_LOOKS = 3
+# A machine that was silent for so long counts as lost. Python may be silent for some seconds while
+# it reads a JSON file of several GB.
+SILENT_SECONDS = 15
+# So long is enough where a collective has failed already.
+SUSPICIOUS_SECONDS = 4
+# How long a last word lies on the board before it ends those who read it: processes that all fail
+# for one reason do not fail at the same moment, and each says it itself.
+WORD_SECONDS = 3
+# The longest time between two looks that counts. A process that was stopped itself has heard of
+# nobody meanwhile, and must not take the others for lost.
+LOOK_SECONDS = 2
 # How long the other machines leave it to rank 0's to say why the run ends.
 FLOOR_SECONDS = 6
 # How long a call to the store is waited for.
@@ -34,9 +37,6 @@ class Board:
 
     machines: all, by number; mine: the number of this one
     over: set when the run is over
-
-    Silence is counted in looks, not by the clock: a process that was stopped itself has heard of
-    nobody meanwhile.
     """
 
     def __init__(
@@ -49,10 +49,11 @@ class Board:
         self._word = ""
         self._floor_taken, self._floor_is_mine = False, False
         self._beats = [""] * len(machines)
-        # What was seen at the last look, and since how many looks.
+        # What was seen at the last look, and for how many seconds nothing has changed.
+        self._last_look = time.monotonic()
         self._seen_beats = [""] * len(machines)
-        self._silent_looks = [0] * len(machines)
-        self._word_looks = 0
+        self._silence = [0.0] * len(machines)
+        self._word_age = 0.0
         self._thread = threading.Thread(target=self._talk, args=[store], daemon=True)
         self._thread.start()
 
@@ -63,30 +64,35 @@ class Board:
 
     def look(self) -> None:
         """Look what has changed. To be called once a second."""
+        now = time.monotonic()
+        passed = min(now - self._last_look, LOOK_SECONDS)
+        self._last_look = now
+
         for number, beat in enumerate(list(self._beats)):
             if beat == self._seen_beats[number]:
-                self._silent_looks[number] += 1
+                self._silence[number] += passed
             else:
-                self._seen_beats[number], self._silent_looks[number] = beat, 0
-        self._word_looks += bool(self._word)
+                self._seen_beats[number], self._silence[number] = beat, 0.0
+        if self._word:
+            self._word_age += passed
 
-    def verdict(self, silent_looks: int) -> str:
+    def verdict(self, patience: float) -> str:
         """Why the run must end, by what the board says; "" if nothing is wrong.
 
-        silent_looks: how many looks a machine may be silent
+        patience: for how many seconds a machine may be silent
         """
-        if self._word_looks >= WORD_LOOKS:
+        if self._word_age >= WORD_SECONDS:
             return self._word
         if not self._thread.is_alive():  # a connection that was closed is more than silence
-            silent_looks = min(silent_looks, SUSPICIOUS_LOOKS)
-        lost = [number for number, looks in enumerate(self._silent_looks) if looks >= silent_looks]
+            patience = min(patience, SUSPICIOUS_SECONDS)
+        lost = [number for number, silence in enumerate(self._silence) if silence >= patience]
         if self._mine in lost:
             # If not even this machine's own beat is seen, the board is out of reach. It is rank
             # 0's machine that keeps it; there the processes watch each other.
             lost = [0] if self._mine > 0 else []
         if not lost:
             return ""
-        seconds = min(self._silent_looks[number] for number in lost)
+        seconds = int(min(self._silence[number] for number in lost))
         names = " and ".join(str(self._machines[number]) for number in lost)
         return (
             f"nothing was heard of {names} for {seconds} s: stopped, or cut off from "
@@ -113,7 +119,7 @@ class Board:
         return self._floor_is_mine or not self._floor_taken
 
     def _is_in_reach(self) -> bool:
-        return self._thread.is_alive() and self._silent_looks[self._mine] < SUSPICIOUS_LOOKS
+        return self._thread.is_alive() and self._silence[self._mine] < SUSPICIOUS_SECONDS
 
     def _wait(self, done: Callable[[], bool], seconds: float) -> None:
         deadline = time.monotonic() + seconds

@@ -113,7 +113,7 @@ def _wait_for_store(address: str, port: int, deadline: float) -> None:
             socket.create_connection((address, port), timeout=5).close()
             return
         except OSError as error:
-            if time.monotonic() > deadline:
+            if time.monotonic() > deadline or isinstance(error, socket.gaierror):
                 raise JoinError(
                     f"nobody can be reached at {_where()} ({error.strerror or error}): do "
                     "MASTER_ADDR and MASTER_PORT name rank 0's machine, and does a firewall let "

@@ -18,9 +18,9 @@ from minilora.files.snapshot import last_snapshot
 from minilora.processes.board import (
     ANSWER_SECONDS,
     FLOOR_SECONDS,
-    SILENT_LOOKS,
-    SUSPICIOUS_LOOKS,
-    WORD_LOOKS,
+    SILENT_SECONDS,
+    SUSPICIOUS_SECONDS,
+    WORD_SECONDS,
     Board,
 )
 from minilora.processes.machines import Process, Store, machines_of
@@ -32,8 +32,8 @@ from minilora.settings.settings import TrainSettings
 # has ended counts as lost only after this time.
 GRACE_SECONDS = 3
 # How long a rank whose collective failed waits for news of another machine: a word there comes
-# after GRACE_SECONDS, and counts after WORD_LOOKS.
-NEWS_SECONDS = GRACE_SECONDS + WORD_LOOKS + 4
+# after GRACE_SECONDS, and counts after WORD_SECONDS.
+NEWS_SECONDS = GRACE_SECONDS + WORD_SECONDS + 4
 
 
 class Watch:
@@ -56,7 +56,7 @@ class Watch:
         self._pids = {other: processes[other].pid for other in machines[mine].ranks}
         self._place = f"{machines[mine].name}: " if len(machines) > 1 else ""
         self._patience = train.ddp_timeout
-        self._silent_looks = SILENT_LOOKS
+        self._silence_allowed = SILENT_SECONDS
         self._output = Path(train.output_dir or "")
         self._is_leaving, self._is_ending = False, False
         self.saved = ""
@@ -83,7 +83,7 @@ class Watch:
         is_collective = isinstance(error, dist.DistError) or "gloo" in str(error)
 
         # News of another machine comes to the thread, which then ends this process.
-        self._silent_looks = SUSPICIOUS_LOOKS
+        self._silence_allowed = SUSPICIOUS_SECONDS
         patience = NEWS_SECONDS if self._board and is_collective else GRACE_SECONDS
         deadline = time.monotonic() + patience
         while not self.lost() and time.monotonic() < deadline:
@@ -110,7 +110,8 @@ class Watch:
         if self._board is None or self.over.is_set():
             return
         self._is_leaving = True
-        self._board.leave(f"{self._place}{word}")
+        named = word.startswith(self._place.rstrip(": "))
+        self._board.leave(word if named else f"{self._place}{word}")
         if self._rank == 0:
             self._board.take_floor()
             # Under DeepSpeed's launcher the board ends with rank 0, so all must have read it.
@@ -168,7 +169,7 @@ class Watch:
 
             if self._board is not None:
                 self._board.look()
-                if verdict := self._board.verdict(self._silent_looks):
+                if verdict := self._board.verdict(self._silence_allowed):
                     self.end(verdict)
 
 

@@ -168,8 +168,7 @@ class Engine:
     def restore(self, tensor: Callable[[str], Tensor], steps: int) -> None:
         """Put back the masters and moments of a snapshot, whatever stage and ranks it came from.
 
-        tensor: gives each by its name, as `trained_tensors` and `moments` name them, and is asked
-        once, by all ranks in the same order. steps: optimizer steps done so far.
+        tensor: gives each by name; all ranks ask for the same ones in turn. steps: done so far.
         """
         # AdamW makes its state at its first step. It must exist before anything is put into it.
         for flat in self._optimized():

@@ -24,6 +24,9 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+# As minilora.train does before it imports torch: its log is silent where a connection ends.
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+
 import torch
 
 from minilora import train
@@ -31,7 +34,8 @@ from minilora.files import snapshot
 from minilora.files.output_folder import claimed
 from minilora.processes import world
 from minilora.report import run_log
-from minilora.training import engine, milestones, shared_documents
+from minilora.training import engine, milestones, same_machines, shared_documents
+from tests.support import jobs
 from tests.support.forked import prepare_to_fork
 
 # How long a case that hangs is waited for, however busy the machine is.
@@ -93,6 +97,8 @@ def happen(what: str, output: Path) -> None:
                 pass
     elif word == "read-only":
         subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(output)], check=True)
+    elif word == "age":  # as if this machine had an older minilora
+        same_machines.__version__ = "0.0"
     elif word == "echo":  # as launchers pass on what the terminal has sent to all already
         subprocess.Popen(["sh", "-c", f"sleep 0.4; kill -TERM {os.getpid()}"])
     elif word == "flip":  # a byte of the newest adapter: the disk keeps something else
@@ -166,6 +172,9 @@ def start_rank(case: dict[str, Any], rank: int, port: int, folder: Path) -> int:
             inject(fault, case, folder / f"fault-{rank}")
     if rank in case.get("absent", []):
         os._exit(0)
+    if "several" in job:  # jobs of one set of processes
+        sys.argv = ["jobs.py", job["several"]]
+        jobs.main()
     train.leave(train.main([f"--{key}={value}" for key, value in job.items()]))
 
 
