@@ -1,6 +1,6 @@
 """Forward and backward of one block over weights in 4 bits, beside the same in the usual dtype.
 
-python -m benchmarks.four_bits [--hidden 1024] [--tokens 2048] [--turns 5]
+python -m benchmarks.four_bits [--hidden 1024] [--tokens 2048] [--turns 5] [--out FOLDER]
 
 Both take turns in one process, so that they meet the same machine. Prints, for tiles of 64 and 256
 tokens, the median CPU seconds of each, and the median of the quotients of neighbouring turns. All
@@ -11,17 +11,23 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 import time
+from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
+from benchmarks.report import versions
+from benchmarks.turns import settle
 from minilora.model.llama import Block
 from minilora.model.llama_shape import LlamaShape, Rope
 from minilora.model.nf4 import pack
 from minilora.model.tiles import document_tiles
 
 TILES = (64, 256)
+HEADERS = ("| dtype | tile | s | s in 4 bits | ratio |", "| --- | --- | --- | --- | --- |")
 
 
 def block_shape(hidden: int) -> LlamaShape:
@@ -61,28 +67,40 @@ def seconds(block: Block, tokens: int, tile_tokens: int, dtype: torch.dtype) -> 
     return time.process_time() - began
 
 
+def compare(hidden: int, tokens: int, turns: int, dtype: torch.dtype) -> Iterator[str]:
+    """A line of the table for each tile."""
+    torch.set_default_dtype(dtype)
+    plain, packed = make_blocks(block_shape(hidden))
+    for tile in TILES:
+        times = [
+            [seconds(block, tokens, tile, dtype) for block in (plain, packed)]
+            for _ in range(turns + 1)
+        ][1:]  # the first turn warms up
+        usual, four_bits = (statistics.median(column) for column in zip(*times, strict=True))
+        ratio = statistics.median(b / a for a, b in times)
+        name = str(dtype).removeprefix("torch.")
+        yield f"| {name} | {tile} | {usual:.3f} | {four_bits:.3f} | {ratio:.3f} |"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser("python -m benchmarks.four_bits")
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--out", type=Path, help="folder for four-bits-cpu.md")
     args = parser.parse_args()
+    settle("cpu")
 
+    facts = ", ".join(f"{key} {value}" for key, value in versions().items())
+    lines = [f"`python -m benchmarks.four_bits {' '.join(sys.argv[1:])}`: {facts}", "", *HEADERS]
     for dtype in (torch.float32, torch.bfloat16):
-        torch.set_default_dtype(dtype)
-        plain, packed = make_blocks(block_shape(args.hidden))
-        for tile in TILES:
-            turns = []
-            for _ in range(args.turns + 1):
-                times = [seconds(block, args.tokens, tile, dtype) for block in (plain, packed)]
-                turns.append(times)
-            usual, four_bits = (
-                statistics.median(column) for column in zip(*turns[1:], strict=True)
-            )
-            ratio = statistics.median(b / a for a, b in turns[1:])
-            print(
-                f"{dtype}, tile {tile}: {usual:.3f} s, in 4 bits {four_bits:.3f} s, {ratio:.3f} x"
-            )
+        for line in compare(args.hidden, args.tokens, args.turns, dtype):
+            print(line, flush=True)
+            lines.append(line)
+    if args.out:
+        args.out.mkdir(parents=True, exist_ok=True)
+        text = "\n".join([*lines, ""])
+        (args.out / "four-bits-cpu.md").write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":
