@@ -76,6 +76,7 @@ class Case:
     packing: bool = False
     model_type: str = "llama"
     reduce_bucket_size: int | None = None
+    machine_ranks: int | None = None
     quantization_bit: int | None = None
     bf16: bool = True
     prefetch: bool = True
@@ -246,7 +247,7 @@ def _shape(case: Case, size: Size) -> LlamaShape:
 
 def _ds_config(case: Case, size: Size, ranks: int) -> dict[str, Any]:
     """The shipped file; its bucket for gradients is as large beside a block as at 8B."""
-    facts = Facts(ranks, _shape(case, size), case.bf16)
+    facts = Facts(ranks, _shape(case, size), case.bf16, case.machine_ranks)
     config = resolve_ds_config(find_ds_config(case.deepspeed), case.settings().train, facts)
     section = config["zero_optimization"]
     if "reduce_bucket_size" in section:

@@ -148,6 +148,8 @@ def held(engine: Engine) -> dict[str, int]:
         held[kind] += parameter.data.nbytes if parameter.data.numel() > 1 else 0
         if engine.stage == 3 and (engine.world.size > 1 or parameter.data.numel() <= 1):
             held[kind] += parameter.ds_tensor.nbytes
+            if parameter.ds_secondary_tensor is not None:
+                held[kind] += parameter.ds_secondary_tensor.nbytes
     for state in engine.adam.state.values():
         held["Adam moments"] += state["exp_avg"].nbytes + state["exp_avg_sq"].nbytes
     return held

@@ -258,8 +258,5 @@ def _host(job: MemoryJob) -> Iterator[Term]:
     yield Term("host", "processes, estimate", ranks, PROCESS)
     yield Term("host", "block inputs, pinned", ranks * inputs, input_bytes)
     yield Term("host", "weights, pinned", shards, 1)
-    # Files are in bf16. At stage 3 a machine reads its ranks' parts of them.
-    read = replace(shape, packed=False).held_bytes(2)
-    if job.zero.stage == 3:
-        read = read * ranks // job.ranks
-    yield Term("host", "page cache of the files", read, 1)
+    files = replace(shape, packed=False)
+    yield Term("host", "page cache of the files", files.held_bytes(2), 1)  # files are in bf16

@@ -12,8 +12,19 @@ from minilora.settings.errors import JoinError, RequestError
 NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 WHOLE_NUMBERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")
 LAUNCHERS = "torchrun and deepspeed set them all"
-# How many ranks the machine has: as torchrun says it, and as deepspeed does.
-MACHINE_RANKS = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE")
+
+
+def ranks_of_this_machine() -> int | None:
+    """How many ranks the launcher started on this machine; None if it does not say."""
+    # Torchrun's word, then that of DeepSpeed's launcher.
+    said = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or ""
+    return int(said) if said.isdecimal() else None
+
+
+def several_machines() -> bool:
+    """Whether the launcher has started processes on other machines too, as far as it says so."""
+    here = ranks_of_this_machine()
+    return here is not None and "RANK" in os.environ and str(here) != os.environ.get("WORLD_SIZE")
 
 
 def check_launcher() -> None:
@@ -34,18 +45,6 @@ def check_launcher() -> None:
         problems.append(f"RANK={rank} of WORLD_SIZE={size}: ranks count from 0; {LAUNCHERS}")
     if problems:
         raise RequestError(problems)
-
-
-def ranks_of_this_machine() -> int | None:
-    """How many ranks the launcher started on this machine; None if it does not say."""
-    said = [os.environ[name] for name in MACHINE_RANKS if os.environ.get(name, "").isdecimal()]
-    return int(said[0]) if said else None
-
-
-def several_machines() -> bool:
-    """Whether the launcher has started processes on other machines too, as far as it says so."""
-    here = ranks_of_this_machine()
-    return here is not None and "RANK" in os.environ and str(here) != os.environ.get("WORLD_SIZE")
 
 
 @contextmanager

@@ -52,13 +52,14 @@ class PartitionedInit(deepspeed.zero.Init):  # type: ignore[misc]
         param.ds_secondary_tensor = None
 
 
-def group_for_second_partition(sizes: Sequence[int], rank: int, patience: timedelta) -> None:
+def group_ranks(sizes: Sequence[int], rank: int, patience: float) -> None:
     """Make the groups of ranks that share a second partition (hpZ), before PartitionedInit.
 
-    sizes: what each rank takes for the size of a group; 1 for none. Raises RequestError if they
-    differ. Init would make the groups with `_create_zero_param_parallel_group` of utils/groups.py,
-    which leaves them torch's own patience (10 minutes with NCCL) whatever ddp_timeout says, and
-    which fails in a process that trains twice.
+    sizes: what each rank takes for the size of a group; 1 for none. patience: seconds that a
+    collective of a group may take. Raises RequestError if the sizes differ. Init would make the
+    groups with `_create_zero_param_parallel_group` of utils/groups.py, which leaves them torch's
+    own patience (10 minutes with NCCL) whatever ddp_timeout says, and fails in a process that
+    trains twice.
     """
     if len({*sizes}) > 1:
         raise RequestError(
@@ -68,10 +69,11 @@ def group_for_second_partition(sizes: Sequence[int], rank: int, patience: timede
             ]
         )
     groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
-    size = sizes[rank]
+    size, timeout = sizes[rank], timedelta(seconds=patience)
     if size > 1:
+        # Every rank takes part in making every group.
         for first in range(0, len(sizes), size):
-            group = dist.new_group([*range(first, first + size)], timeout=patience)
+            group = dist.new_group([*range(first, first + size)], timeout=timeout)
             if first <= rank < first + size:
                 groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = group
 

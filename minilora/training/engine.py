@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Set
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any
 
 import deepspeed
@@ -215,8 +214,7 @@ class Engine:
         place: Any = self.world.device
         if self.stage == 3:
             sizes = self.world.gather_objects(second_partition(recipe.ds_config))
-            patience = timedelta(seconds=recipe.train.ddp_timeout)
-            internals.group_for_second_partition(sizes, self.world.rank, patience)
+            internals.group_ranks(sizes, self.world.rank, recipe.train.ddp_timeout)
             # The dtype comes from the configuration: on a CPU zero.Init misreads its argument.
             place = internals.PartitionedInit(
                 config_dict_or_path=recipe.ds_config, mem_efficient_linear=False

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from minilora.memory.traffic import Traffic, traffic
 from minilora.memory.zero3_gathers import Zero
 from minilora.settings.command_line import read_settings
 from minilora.settings.errors import RequestError
-from minilora.training.deepspeed_internals import group_for_second_partition
+from minilora.training.deepspeed_internals import group_ranks
 from tests.support.runs import Ground, adapter, costs, log, stage_file, variant_shape
 
 Jobs = dict[str, dict[str, Any]]
@@ -33,7 +32,7 @@ PAIRS: dict[str, dict[str, Any]] = {
     "LoRA": {},
     # A trained head is gathered as the weights are, and its second partition is stale after a step.
     "DoRA": {"bf16": True, "use_dora": True, "additional_target": "lm_head,embed_tokens",
-             "adapter_name_or_path": "null"},
+             "adapter_name_or_path": "null", "max_steps": 3},
     "four bits": {"quantization_bit": 4},
 }  # fmt: skip
 SIZES: dict[str, Any] = {"LoRA": 2, "DoRA": "auto", "four bits": 2}
@@ -49,26 +48,27 @@ def with_second_partition(ground: Ground, size: Any) -> str:
 
 @pytest.fixture(scope="session")
 def machines(ground: Ground, launch: Callable[..., tuple[int, str]]) -> Jobs:
-    """Three steps of each pair, and the third again from the snapshot after the second."""
+    """Some steps of each pair, and DoRA's third again from the snapshot after the second."""
     jobs: Jobs = {}
-    batch = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1}
+    settings = {"max_steps": 2, "warmup_steps": 0, "save_strategy": "no", "keep_blocks": 0}
+    settings |= {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1}
     for name, changes in PAIRS.items():
         for hpz in (False, True):
             path = with_second_partition(ground, SIZES[name]) if hpz else None
-            settings = {"max_steps": 3, "warmup_steps": 0, "save_steps": 2, "keep_blocks": 0}
             jobs[f"{name} {hpz}"] = ground.job(
                 f"machines-{name.replace(' ', '-')}-{hpz}",
                 "packable" if "quantization_bit" in changes else "tiny",
-                **{**settings, **batch, **changes},
+                **{**settings, **changes},
                 deepspeed=path or str(stage_file(ground.folder, 3)),
             )
     whole = jobs["DoRA True"]
+    snapshot = f"{whole['output_dir']}/checkpoint-2"
     jobs["DoRA on"] = {
-        **{key: value for key, value in whole.items() if key != "save_steps"},
-        "save_strategy": "no",
+        **whole,
         "output_dir": f"{whole['output_dir']}-on",
-        "resume_from_checkpoint": f"{whole['output_dir']}/checkpoint-2",
+        "resume_from_checkpoint": snapshot,
     }
+    whole |= {"save_strategy": "steps", "save_steps": 2}
     listed = ground.folder / "jobs-machines.json"
     listed.write_text(json.dumps([*jobs.values()]), encoding="utf-8")
     places = f"{MACHINES}x{RANKS}"
@@ -142,4 +142,4 @@ def test_machines_of_other_sizes_are_refused_on_every_rank() -> None:
     """Otherwise each rank waits for groups that the others do not make."""
     for rank in range(4):
         with pytest.raises(RequestError, match="the ranks take it for 2, 2, 1, 1, as their machi"):
-            group_for_second_partition([2, 2, 1, 1], rank, timedelta(seconds=1))
+            group_ranks([2, 2, 1, 1], rank, 1.0)
