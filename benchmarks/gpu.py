@@ -232,9 +232,10 @@ def play(run: Run, parts: Sequence[str]) -> None:
     """The parts in the order of what they are worth."""
     own, on_gpu = run.own, run.own.device == "cuda"
     found = cases(own.size, on_gpu)[: own.cases]
-    chosen = [
+    wanted = [
         pair for pair in variants(SIZES[own.size]) if not own.only or pair[1].name in own.only
     ]
+    chosen = [pair for pair in wanted if pair[1].bits is None]
 
     if "parity" in parts:
         run.child("parity", "benchmarks.gpu", "--parity", *run.device())
@@ -250,8 +251,9 @@ def play(run: Run, parts: Sequence[str]) -> None:
     if "four-bits" in parts:
         # The rows of the tiny model cannot be cut into blocks of 64 weights.
         size = "mid" if own.size == "tiny" else own.size
-        run.child("four-bits", "benchmarks.four_bits", "--lines", *run.device(size))
+        run.child("four-bits", "benchmarks.unpacking", *run.device(size))
         run.memory("four-bits", memory.packed(size, on_gpu)[: own.cases], size=size)
+        run.speed([pair for pair in wanted if pair[1].bits])
     if "leaves" in parts and on_gpu:  # on a CPU it would need a compiler
         run.child("leaves", "benchmarks.leaves", *run.device())
     if "memory" in parts:

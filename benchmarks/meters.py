@@ -157,7 +157,7 @@ def watch(owner: Any, method: str, meter: GpuMeter | CpuMeter, phase: str) -> No
     setattr(owner, method, watched)
 
 
-def held(engine: MadeUp) -> dict[str, int]:
+def held(engine: Engine) -> dict[str, int]:
     """Bytes of the frozen weights, of the trained ones and of AdamW's moments between steps."""
     trained = {id(parameter) for _, parameter in lora_parameters(engine.model)}
     held = {"weights": 0, "LoRA": 0, "Adam moments": 0}

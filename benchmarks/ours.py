@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.meters import held
 from benchmarks.turns import Turns
 from benchmarks.workloads import LLAMA_FACTORY, SIZES, Size, rows, weight
 from minilora.data.documents import Documents
@@ -26,6 +27,7 @@ from minilora.memory.job import memory_job
 from minilora.memory.spare import Open
 from minilora.memory.ways import Way
 from minilora.memory.zero3_gathers import Zero
+from minilora.model.nf4 import pack
 from minilora.processes.startup_times import StartupTimes
 from minilora.processes.world import World
 from minilora.report.run_log import Report, StepRecord
@@ -86,7 +88,7 @@ def run(turns: Turns) -> None:
         max_steps=turns.order.steps + 1,  # the turns end the run before its last step
         disable_shuffling=True,
     )
-    memory = memory_job(settings, size.shape, Zero.of(plan.ds_config), world.size)
+    memory = memory_job(settings, plan.checkpoint.shape, Zero.of(plan.ds_config), world.size)
     bf16 = settings.train.computes_in_bf16(torch.cuda.is_available())
     asked = Way(variant.name, replace(memory, bf16=bf16))
     forecast = foresee(world, asked, {}, plan.lora, schedule, Open.of(settings))
@@ -96,6 +98,7 @@ def run(turns: Turns) -> None:
     phases = StartupTimes()
     phases.finished = turns.mark  # type: ignore[method-assign]
     engine = Engine(world, plan, phases)
+    turns.counted["held"] = held(engine)["weights"]
     with Watch(turns, engine, options, schedule.total_steps, world.rank == 0) as log:
         job = Job(
             world=world,
@@ -116,7 +119,7 @@ def run(turns: Turns) -> None:
 def _settings(turns: Turns, size: Size) -> Settings:
     variant = turns.order.variant
     return Settings(
-        ModelSettings("made up"),
+        ModelSettings("made up", quantization_bit=variant.bits),
         MethodSettings(lora_rank=size.rank),
         DataSettings(("made up",), cutoff_len=size.cutoff, packing=variant.packing),
         TrainSettings(
@@ -136,7 +139,8 @@ def _settings(turns: Turns, size: Size) -> Settings:
 
 
 def _plan(turns: Turns, size: Size, settings: Settings) -> ModelRecipe:
-    variant, shape = turns.order.variant, size.shape
+    variant = turns.order.variant
+    shape = size.shape.in_bits(variant.bits)
     facts = Facts(variant.world, shape, settings.train.computes_in_bf16(torch.cuda.is_available()))
     path = _ds_file(turns, size)
     like = _like(turns)
@@ -167,11 +171,12 @@ def _ds_file(turns: Turns, size: Size) -> Path:
         path = find_ds_config(f"zero{turns.order.variant.stage}")
         config = json.loads(path.read_text(encoding="utf-8"))
         if turns.order.variant.stage == 3 and turns.order.size != "8b":
+            matrices = size.shape.in_bits(turns.order.variant.bits).held_matrices().values()
             config["zero_optimization"] |= {
-                "stage3_param_persistence_threshold": size.smallest_weight - 1,
-                "stage3_prefetch_bucket_size": size.block,
-                "stage3_max_live_parameters": 5 * size.block,
-                "stage3_max_reuse_distance": size.block,
+                "stage3_param_persistence_threshold": min(matrices) - 1,
+                "stage3_prefetch_bucket_size": sum(matrices),
+                "stage3_max_live_parameters": 5 * sum(matrices),
+                "stage3_max_reuse_distance": sum(matrices),
             }
     made = Path(turns.order.folder) / f"{turns.order.variant.name}-ds-{turns.rank}.json"
     made.write_text(json.dumps(config), encoding="utf-8")
@@ -189,7 +194,11 @@ def fill(checkpoint: Checkpoint, pieces: Iterable[TensorPart], digest: object = 
     shapes = checkpoint.shape.parameter_shapes()
     total = 0
     for piece in pieces:
-        numbers = weight(piece.name, shapes[piece.name], piece.destination).view(-1)
+        # Beside packed weights the others are those of files in bf16, as the peer reads them.
+        like = piece.destination[:0]
+        like = like.to(torch.bfloat16) if checkpoint.shape.packed else like
+        numbers = weight(piece.name, shapes[piece.name], like)
+        numbers = (pack(numbers) if piece.packed else numbers).view(-1)
         piece.destination.copy_(numbers[piece.start : piece.start + len(piece.destination)])
         total += piece.destination.nbytes
     return total

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import json
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -10,9 +13,17 @@ import torch
 import torch.distributed as dist
 from deepspeed.utils import safe_get_full_optimizer_state
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import SequentialSampler
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    BitsAndBytesConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 from benchmarks.turns import Turns
 from benchmarks.workloads import (
@@ -104,6 +115,7 @@ class _Callback(TrainerCallback):
             mean = torch.tensor(loss, device=self.turns.order.device)
             dist.all_reduce(mean)
             loss = float(mean) / dist.get_world_size()
+        self.turns.counted["held"] = held(self.trainer.model)
         self.turns.step_done(loss, self._gradients)
 
     def _gradients(self) -> dict[str, Tensor]:
@@ -158,9 +170,12 @@ def _model(turns: Turns, size: Size) -> Any:
     config = LlamaConfig(**{k: v for k, v in size.config().items() if k != "model_type"})
     config._attn_implementation = "sdpa"
     dtype = torch.bfloat16 if order.device == "cuda" else torch.float32
-    with torch.device(order.device):
-        model = LlamaForCausalLM._from_config(config, dtype=dtype)
-    _fill(model)
+    if order.variant.bits:
+        model = _in_four_bits(turns, size, dtype)
+    else:
+        with torch.device(order.device):
+            model = LlamaForCausalLM._from_config(config, dtype=dtype)
+        _fill(model.named_parameters())
     lora = LoraConfig(
         r=size.rank,
         lora_alpha=2 * size.rank,
@@ -168,12 +183,45 @@ def _model(turns: Turns, size: Size) -> Any:
         task_type="CAUSAL_LM",
     )
     model = get_peft_model(model, lora)
-    _fill(model)
+    _fill((name, each) for name, each in model.named_parameters() if each.requires_grad)
     return model
 
 
-def _fill(model: Any) -> None:
-    for name, parameter in model.named_parameters():
+def _in_four_bits(turns: Turns, size: Size, dtype: torch.dtype) -> Any:
+    """The base as bitsandbytes packs it while transformers reads its files, which are in bf16."""
+    folder = Path(turns.order.folder) / f"{turns.order.variant.name}-{turns.rank}"
+    folder.mkdir()
+    like = torch.empty(0, dtype=torch.bfloat16)
+    shapes = size.shape.parameter_shapes()
+    tensors = {name: weight(name, shape, like) for name, shape in shapes.items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(size.config()), encoding="utf-8")
+    four_bits = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_quant_storage=dtype,  # PEFT's documentation wants it so for ZeRO-3
+    )
+    return LlamaForCausalLM.from_pretrained(
+        folder, dtype=dtype, attn_implementation="sdpa", quantization_config=four_bits
+    )
+
+
+def held(model: Any) -> int:
+    """Bytes of the frozen weights that a rank holds between steps, scales of packed ones too."""
+    total = 0
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            continue
+        part = getattr(parameter, "ds_tensor", None)
+        total += parameter.data.nbytes if part is None else part.nbytes
+        if (state := getattr(parameter, "quant_state", None)) is not None:
+            total += state.absmax.nbytes
+    return total
+
+
+def _fill(parameters: Iterable[tuple[str, Any]]) -> None:
+    for name, parameter in parameters:
         name = _our_name(name)
         shape = getattr(parameter, "ds_shape", parameter.shape)
         with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0), torch.no_grad():

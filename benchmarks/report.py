@@ -23,7 +23,7 @@ LINKS = (5, 10, 24)  # GB/s: PCIe through the host, better, and with peer-to-pee
 def versions() -> dict[str, Any]:
     """What the numbers depend on; None of what is not there."""
     found: dict[str, str | None] = {"commit": None}
-    for name in ("torch", "deepspeed", "transformers", "peft", "accelerate"):
+    for name in ("torch", "deepspeed", "transformers", "peft", "accelerate", "bitsandbytes"):
         found[name] = None
         with suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
@@ -78,6 +78,7 @@ def measure(player: Player, limit: float, size: Size, group: str) -> dict[str, A
         "memory_gib": {k: last[k] / 2**30 for k in ("rss", "allocated", "reserved") if k in last},
         "start": {**player.news[0]["marks"], "first step": player.news[0]["seconds"]},
         "kept_blocks": last.get("kept"),
+        "held_bytes": last.get("held"),
         "loss": [player.news[0]["loss"], last["loss"]],
     }
 
@@ -119,7 +120,8 @@ def summary(lines: Sequence[dict[str, Any]]) -> str:
 
 HEADERS = (
     "variant", "x peer", "step s (p10, p90)", "tokens/s", "with padding", "model GFLOP/s",
-    "of matmul", "kept blocks", "gathered MB", "calls", "s at 5/10/24 GB/s", "GiB", "start s",
+    "of matmul", "kept blocks", "gathered MB", "calls", "s at 5/10/24 GB/s", "GiB", "held MB",
+    "start s",
 )  # fmt: skip
 
 
@@ -141,6 +143,7 @@ def _cells(line: dict[str, Any], members: Sequence[dict[str, Any]]) -> list[str]
         str(line["gather_calls"]),
         "/".join(f"{seconds:.3g}" for seconds in line["received_seconds"].values()),
         f"{memory.get('allocated', memory['rss']):.2f}",
+        f"{line['held_bytes'] / 1e6:.1f}" if line.get("held_bytes") else "",
         f"{line['start']['first step']:.1f}",
     ]
 

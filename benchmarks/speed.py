@@ -71,6 +71,7 @@ def groups(size: Size, device: str) -> dict[str, list[Variant]]:
             # These are compared with each other: no peer.
             "keep": [replace(way, name=f"{way.name}-gather", **gather) for way in share],
             "tiles": [share[0], *tiles],
+            "four-bits": [ours, replace(ours, name="minilora-four-bits", bits=4)],
         }
     zero3 = {"stage": 3, "ranks": 2}
     trainer, ours = replace(trainer, name="trainer-zero3", **zero3), replace(ours, **zero3)
@@ -92,6 +93,13 @@ def groups(size: Size, device: str) -> dict[str, list[Variant]]:
             replace(ours, name="minilora-zero3-skewed", **skewed),
             replace(ours, name="minilora-zero3-recompute-skewed", keep=0.0, **skewed),
             replace(ours, name="minilora-zero3-packed", packing=True, **skewed),
+        ],
+        "four-bits": [
+            replace(trainer, name="trainer-zero3-bitsandbytes", bits=4),
+            replace(ours, name="minilora-zero3-four-bits", bits=4),
+            replace(ours, name="minilora-zero3-four-bits-recompute", bits=4, keep=0.0),
+            replace(ours, name="minilora-zero3-recompute", keep=0.0),
+            replace(ours, name="minilora-zero0-four-bits", bits=4, stage=0),
         ],
         "single": [
             replace(bare, name="bare-recompute", recompute=True),
@@ -137,9 +145,11 @@ def play(
             players[-1].hear()
             say(f"  {variant.name} has done its first step")
         for player in players:
-            variant = player.variant
-            if not (variant is MATMUL or variant.packing or variant.simulated):
-                say("  " + compare(player, peer or players[0]))
+            variant, reference = player.variant, peer or players[0]
+            if variant is MATMUL or variant.packing or variant.simulated:
+                continue
+            if variant.bits == reference.variant.bits:
+                say("  " + compare(player, reference))
         for _ in range(options.steps - 1):
             for player in players:
                 player.step()
@@ -180,7 +190,10 @@ def read(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--size", choices=tuple(SIZES), default="tiny")
     parser.add_argument(
-        "--groups", nargs="*", help="zero3, skewed, single, one-of-7, keep, tiles; default all"
+        "--groups",
+        nargs="*",
+        help="zero3, skewed, single, one-of-7, keep, tiles, four-bits (needs bitsandbytes); "
+        "default all but the last",
     )
     parser.add_argument("--timed", type=int, default=6, help="steps after the warm-up")
     parser.add_argument("--only", nargs="*", help="names of what is compared with the first")
@@ -198,7 +211,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parts = ["speed", options.device, options.size, *(options.groups or ())]
     if options.out:
         options.out.mkdir(parents=True, exist_ok=True)
-    for name in options.groups or chosen:
+    for name in options.groups or (group for group in chosen if group != "four-bits"):
         say(f"{name}:")
         peer, *others = chosen[name]
         wanted = [peer, *(v for v in others if not options.only or v.name in options.only)]

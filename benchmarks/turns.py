@@ -35,7 +35,7 @@ class Variant:
     DeepSpeed file, `llama_factory` or `scaled`, which is ours with its limits at this size.
     simulated: ranks that torch's fake process group plays, 0 for real processes. recompute: of the
     peers. keep: the share of minilora's blocks that keep their activations, None for what fits;
-    so is tile_tokens.
+    so is tile_tokens. bits: of the frozen weights, 4 or None; the peer then needs bitsandbytes.
     """
 
     name: str
@@ -50,6 +50,7 @@ class Variant:
     packing: bool = False
     simulated: int = 0
     keep: float | None = None
+    bits: int | None = None
 
     @property
     def world(self) -> int:

@@ -103,11 +103,6 @@ class Size:
         return LoraShape(self.rank, 2 * self.rank, 0.0, TARGETS)
 
     @property
-    def smallest_weight(self) -> int:
-        """Elements of the smallest frozen matrix: what a ZeRO-3 file must still partition."""
-        return min(rows * columns for rows, columns in self.shape.linear_shapes().values())
-
-    @property
     def block(self) -> int:
         """Elements of one block's matrices."""
         return sum(rows * columns for rows, columns in self.shape.linear_shapes().values())

@@ -158,8 +158,8 @@ def test_the_predicted_memory_is_what_the_plan_says(
     text = text_of(path)
     (command,) = [line for line in fenced_commands(text) if "minilora.plan" in line]
 
-    def planned(*more: str) -> list[str]:
-        words = [*shlex.split(command)[3:], *more]
+    def planned(*more: str, model: str = "8b") -> list[str]:
+        words = [word.replace("8b", model) for word in shlex.split(command)[3:]] + [*more]
         assert importlib.import_module("minilora.plan").main(words) == 0
         output = capsys.readouterr().out
         wanted = (r"which (\S+ GiB) can", r"peak of a GPU.* (\S+ GiB)")
@@ -169,7 +169,10 @@ def test_the_predicted_memory_is_what_the_plan_says(
     assert "`--gather_tokens 8192`" in text
     told = [f"{without_zero():.2f} GiB", usable, peak, in_spans]
     prose = re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE)
-    assert sorted(re.findall(r"[\d.]+ GiB", prose)) == sorted(told)
+    found = re.findall(r"[\d.]+ GiB", prose)
+    if "70B" in text:  # examples/llama31_70b_7x4090.yaml on the same cards
+        found.remove(planned(model="70b")[1])
+    assert sorted(found) == sorted(told)
     (picture,) = re.findall(r"!\[[^]]+\]\(([^)]+)\)", text)
     assert all(number.removesuffix(" GiB") in text_of(ROOT / picture) for number in told)
 

@@ -144,7 +144,9 @@ def test_nearest_settings_really_fit(plan: Plan, memory: str) -> None:
     words = [*ARTICLE, "--per_device_train_batch_size", "16", "--gpu_memory", memory]
     code, output = plan(*words)
     assert code == 1
-    offers = output.split("nearest settings that fit:\n")[1].partition("with frozen")[0].splitlines()
+    offers = (
+        output.split("nearest settings that fit:\n")[1].partition("with frozen")[0].splitlines()
+    )
     assert offers
     for offer in offers:
         changes = [f"--{change.replace(': ', '=')}" for change in offer.split("  ")[-1].split(", ")]
