@@ -1,9 +1,11 @@
 """python -m benchmarks.gpu: everything that wants a GPU, in one command and under ten minutes.
 
-Needs one GPU and no network: weights are random, made on the device. Parity of the fast paths,
-then predicted beside measured memory under the cap of a 24 GB card, then speed beside the peers,
-last whether torch.compile would pay; what matters most comes first, each row is a JSON line as soon
-as it is there, and a short table ends it. `--device cpu --size tiny` runs the same on a CPU.
+Needs one GPU and no network: weights are random, made on the device. What matters most comes
+first, so that three minutes give parity of the fast paths, memory beside the plan under the cap of
+a 24 GB card, and the speed beside the peer; then more of each, then 4 bits, last whether
+torch.compile would pay. Each row is a JSON line as soon as it is there, and a short table ends it.
+`--device cpu --size tiny` runs the same on a CPU. BENCHMARK_PATIENCE is how many seconds a silent
+process may take; with BENCHMARK_FAKE=1 a single process does without NCCL.
 """
 
 from __future__ import annotations
@@ -17,121 +19,77 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from benchmarks import memory, report, speed
-from benchmarks.turns import ROOT, Variant, settle
-from benchmarks.workloads import SIZES, Size, weight
-from minilora.model.attention import causal_attention
-from minilora.model.llama import Llama
-from minilora.model.lora import inject, lora_parameters
-from minilora.model.tiles import document_tiles
+from benchmarks.parity import attention_parity, card, model_parity
+from benchmarks.turns import ROOT, Player, Variant, settle
+from benchmarks.workloads import SIZES, Size
 
-FIRST_SPEED = ("trainer", "minilora", "minilora-tile-1-rows", "minilora-keep", "bare-recompute")
-
-
-def attention_parity(device: str) -> Iterator[dict[str, Any]]:
-    """The kernel that bf16 takes on this device beside SDPA in fp32, document by document."""
-    lengths = (300, 1, 77, 512)
-    n, make = sum(lengths), torch.Generator(device).manual_seed(1)
-    whole = [torch.randn(n, heads, 128, generator=make, device=device) for heads in (32, 8, 8)]
-    inputs = [x.bfloat16().float() for x in whole]  # both get the same numbers
-    boundaries = torch.tensor([0, *lengths], device=device).cumsum(0, dtype=torch.int32)
-
-    def run(dtype: torch.dtype) -> list[Tensor]:
-        query, key, value = given = [x.to(dtype).requires_grad_() for x in inputs]
-        out = causal_attention(query, key, value, lengths, boundaries)
-        return [out, *torch.autograd.grad(out, given, torch.ones_like(out))]
-
-    for name, low, exact in zip(
-        ("output", "query's", "key's", "value's"), run(torch.bfloat16), run(torch.float32),
-        strict=True,
-    ):  # fmt: skip
-        yield parity(f"attention in bf16, {name}", [low], [exact], 2e-2)
-
-
-def model_parity(size: Size, device: str) -> Iterator[dict[str, Any]]:
-    """Two blocks' loss and LoRA gradients: bf16 beside fp32, then tiles, pieces and offloading."""
-    size = dataclasses.replace(size, layers=2)
-    lengths = [size.equal // 4, size.equal // 8, 3 * size.equal // 8]
-
-    def run(
-        dtype: torch.dtype, tiles: int = 1, piece: int | None = None, away: bool = False
-    ) -> Any:
-        with torch.device(device):
-            model = Llama(size.shape).to(dtype)
-        inject(model, size.lora, 0, dtype)
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                parameter.copy_(weight(name, parameter.shape, parameter))
-        if away:
-            model.model.offload_inputs()
-        ids = torch.arange(sum(lengths), device=device) % size.vocab
-        groups = [lengths] if tiles == 1 else [[length] for length in lengths]
-        laid = document_tiles(size.shape, groups, 0, model.lm_head.weight[:0], piece)
-        loss = model(ids, ids, laid, 1 / len(ids))
-        loss.backward()
-        return [loss.detach()], [p.grad for _, p in lora_parameters(model)]
-
-    exact, low = run(torch.float32), run(torch.bfloat16)
-    for index, what in enumerate(("loss", "gradients")):
-        yield parity(f"bf16 beside fp32, {what}", low[index], exact[index], (1e-2, 1e-1)[index])
-    for name, other in (
-        ("tiles", run(torch.bfloat16, tiles=3)),
-        ("pieces", run(torch.bfloat16, piece=max(lengths) // 3)),
-        ("inputs on the host", run(torch.bfloat16, away=True)),
-    ):
-        yield parity(f"bf16, {name}, gradients", other[1], low[1], 2e-2)
-
-
-def parity(what: str, found: Sequence[Tensor], expected: Sequence[Tensor], limit: float) -> Any:
-    """A row: the largest difference in norm of any pair of tensors, relative."""
-    errors = [
-        float((a.float() - b.float()).norm() / b.float().norm().clamp_min(1e-30))
-        for a, b in zip(found, expected, strict=True)
-    ]
-    return {"part": "parity", "what": what, "error": max(errors), "ok": max(errors) < limit}
-
-
-def context(device: str) -> Iterator[dict[str, Any]]:
-    """What the card has, and what CUDA took of it beside torch's allocator, once kernels ran."""
-    if device == "cuda":
-        free, total = torch.cuda.mem_get_info()
-        taken = total - free - torch.cuda.memory_reserved()
-        yield {"part": "card", "name": torch.cuda.get_device_name(), "total": total,
-               "context": taken}  # fmt: skip
+Row = dict[str, Any]
+PARTS = ("parity", "first", "memory", "speed", "four-bits", "leaves")
+# How many rows of memory and how many variants of speed `first` has.
+FIRST_CASES, FIRST_VARIANTS = 4, 3
+# Seconds that a process of a part may take.
+LIMITS = {"parity": 120.0, "memory": 150.0, "four-bits": 120.0, "leaves": 150.0}
+# The order of the variants; those that are not named follow, if time is left.
+ORDER = (
+    "trainer",
+    "minilora",
+    "minilora-keep-0",
+    "minilora-tile-2048",
+    "minilora-1-of-7",
+    "bare-recompute",
+    "trainer-skewed",
+    "minilora-skewed",
+    "minilora-packed",
+    "trainer-1-of-7",
+)
+# What needs more than a card of 80 GB; where it fits it is the fairer peer, and comes second.
+NEEDS_MORE = "trainer-keep"
 
 
 def cases(size: str, on_gpu: bool) -> list[memory.Case]:
-    """The sweep of benchmarks.memory, the rows that the goals are about first."""
+    """The sweep of benchmarks.memory, the rows that the goals are about first.
+
+    These are ZeRO-3 with the whole step in one span, then ZeRO-3, ZeRO-0 and ZeRO-2 in spans.
+    """
     few = 1 if size == "8b" else 16
+    base = memory.sweep(size, on_gpu)[0]
+    near = dataclasses.replace(base, gather_tokens=8192 // few)
+    goals = [base, near, *(dataclasses.replace(near, deepspeed=f"zero{stage}") for stage in (0, 2))]
 
-    def later(case: memory.Case) -> bool:
+    def place(case: memory.Case) -> int:
         usual = dataclasses.replace(case, deepspeed="zero3", batch=4, gather_tokens=None)
-        near = case.gather_tokens == 8192 // few and case.batch == 4
-        return not (
-            (case.system == "peer")
-            or (near and usual.tile_tokens == 2048 // few)
-            or (case.deepspeed == "zero3" and case.batch == 4 and case.gather_tokens is None)
-        )
+        if case in goals:
+            return goals.index(case)
+        return len(goals) + (case.system != "peer" and usual != base)
 
-    return sorted(memory.sweep(size, on_gpu), key=later)
+    return sorted(memory.sweep(size, on_gpu), key=place)
+
+
+def variants(size: Size) -> list[tuple[str, Variant]]:
+    """The variants of all groups of benchmarks.speed by importance, each once, with its group."""
+    once: dict[str, tuple[str, Variant]] = {}
+    for group, members in speed.groups(size, "cuda").items():
+        for variant in members:
+            once.setdefault(variant.name, (group, variant))
+    return sorted(once.values(), key=lambda pair: (*ORDER, pair[1].name).index(pair[1].name))
 
 
 class Run:
     """Rows that come in, until the time is over."""
 
     def __init__(self, own: argparse.Namespace) -> None:
-        self.own, self.rows = own, list[dict[str, Any]]()
+        self.own, self.rows = own, list[Row]()
         self.deadline = time.monotonic() + 60 * own.minutes
-        self.peer: Any = None
+        self.peers: dict[str, Player] = {}  # by workload, the first variant that computed it
+        self.limit: float | None = None  # FLOP per second of a large matrix product
 
-    def add(self, row: dict[str, Any]) -> None:
+    def add(self, row: Row) -> None:
         self.rows.append(row)
         print(json.dumps(row), flush=True)
         if self.own.out:
@@ -139,47 +97,73 @@ class Run:
                 file.write(json.dumps(row) + "\n")
 
     def child(self, part: str, *words: str) -> None:
-        """A process of its own, whose JSON lines are rows."""
-        if (left := self.deadline - time.monotonic()) < 5:
+        """A process of its own, whose JSON lines are rows. What it printed in time counts."""
+        left = min(self.deadline - time.monotonic(), LIMITS[part])
+        if left < min(5, LIMITS[part]):
             return
-        command = [sys.executable, "-m", *words, "--device", self.own.device]
-        command += ["--size", self.own.size]
+        command = [sys.executable, "-m", *words]
         try:
             done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=left)
-        except subprocess.TimeoutExpired:
-            return
-        lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
-        if done.returncode or not lines:
-            self.add({"part": part, "error": done.stderr[-2000:], "command": command[2:]})
-        for line in lines:
-            self.add({"part": part, **json.loads(line)})
+            output, errors, failed = done.stdout, done.stderr, done.returncode != 0
+        except subprocess.TimeoutExpired as late:
+            output, errors = (_text(printed) for printed in (late.stdout, late.stderr))
+            errors, failed = f"{errors}\nstill running after {left:.0f} s", True
 
-    def memory(self, found: Sequence[memory.Case]) -> None:
-        """Three at a time on a GPU, where each may have a third of it; they share its time."""
-        with ThreadPoolExecutor(3 if self.own.device == "cuda" else 1) as pool:
-            words = [json.dumps([dataclasses.asdict(case)]) for case in found]
-            start = partial(self.child, "memory", "benchmarks.memory", "--only", "0", "--cases")
-            list(pool.map(start, words))
+        found = []
+        for line in output.splitlines():
+            if line.startswith("{"):
+                with suppress(ValueError):  # the last line of a process that was ended
+                    found.append(json.loads(line))
+        if failed or not found:
+            self.add({"part": part, "error": errors[-2000:], "command": command[2:]})
+        for row in found:
+            self.add({"part": part, **row})
 
-    def speed(self, variants: Sequence[tuple[str, Variant]]) -> None:
-        """Each alone; the first one is whom the others are compared with."""
-        words = ["--device", self.own.device, "--size", self.own.size, "--timed", "2"]
-        options, size = speed.read(words), SIZES[self.own.size]
-        for group, variant in variants:
+    def device(self, size: str | None = None) -> tuple[str, ...]:
+        """Where a process runs, and on which size."""
+        return "--device", self.own.device, "--size", size or self.own.size
+
+    def memory(
+        self, part: str, found: Sequence[memory.Case], at_once: int = 1, size: str | None = None
+    ) -> None:
+        """A process for each case. Alone, what it uses of the device is what the device has in use.
+
+        at_once: so many share a GPU, each under the cap of a 24 GB card, and share its time.
+        """
+        words = ["benchmarks.memory", *self.device(size), "--only", "0", "--cases"]
+        changes = [json.dumps([dataclasses.asdict(case)]) for case in found]
+        with ThreadPoolExecutor(at_once if self.own.device == "cuda" else 1) as pool:
+            list(pool.map(partial(self.child, part, *words), changes))
+
+    def speed(self, chosen: Sequence[tuple[str, Variant]]) -> None:
+        """Each alone; the first one of a workload is whom its others are compared with."""
+        if chosen and self.limit is None:
+            self._play("", speed.MATMUL)
+        for group, variant in chosen:
             if time.monotonic() > self.deadline - 40:
                 return
-            with tempfile.TemporaryDirectory(prefix="gpu-") as folder:
-                try:
-                    played = speed.play([variant], self.peer, options, Path(folder))
-                    row = report.measure(played[0], played[-1], size, group)
-                except (RuntimeError, OSError) as error:
-                    row = {"group": group, "variant": variant.name, "error": str(error)[-2000:]}
-                else:
-                    self.peer = self.peer or self._kept(played[0])
-            self.add({"part": "speed", **row})
+            self._play(group, variant)
 
-    def _kept(self, player: Any) -> Any:
-        """The peer, with the gradients that the others are compared with in a file that stays."""
+    def _play(self, group: str, variant: Variant) -> None:
+        words = ["--device", self.own.device, "--size", self.own.size, "--timed", "2"]
+        began, peer = time.monotonic(), self.peers.get(variant.workload)
+        row: Row = {"group": group, "variant": variant.name}
+        with tempfile.TemporaryDirectory(prefix="gpu-") as folder:
+            try:
+                (played,) = speed.play([variant], peer, speed.read(words), Path(folder))
+                if variant is speed.MATMUL:
+                    self.limit = report.matmul_rate(played)
+                    row["matmul_gflops"] = self.limit / 1e9
+                else:
+                    limit = self.limit or float("nan")
+                    row = report.measure(played, limit, SIZES[self.own.size], group)
+                    self.peers.setdefault(variant.workload, self._kept(played))
+            except Exception as error:  # whatever it is, the rows of the others are wanted
+                row["error"] = f"{type(error).__name__}: {error}"[-2000:]
+        self.add({"part": "speed", "took": time.monotonic() - began, **row})
+
+    def _kept(self, player: Player) -> Player:
+        """The player, its gradients in a file that stays: others are compared with them."""
         path = Path(tempfile.mkdtemp(prefix="gpu-peer-"), "gradients.pt")
         path.write_bytes(Path(player.news[0]["gradients"]).read_bytes())
         player.news[0]["gradients"] = str(path)
@@ -189,17 +173,24 @@ class Run:
         for row in self.rows:
             if row["part"] == "parity" and "what" in row:
                 yield f"{'ok ' if row['ok'] else 'BAD'} {row['error']:.1e} {row['what']}"
-        found = [row for row in self.rows if row["part"] == "memory" and "measured" in row]
+        found = [row for row in self.rows if "measured" in row]
         if found:
             yield from memory.shown(found)
-        rates = [row for row in self.rows if row["part"] == "speed" and "step_seconds" in row]
-        for row in rates:
-            yield (
-                f"{row['group']} {row['variant']}: {row['tokens_per_second']['median']:,.0f} "
-                f"tokens/s, {row['step_seconds']['median']:.2f} s a step"
-            )
+        for row in self.rows:
+            if "step_seconds" in row:
+                yield (
+                    f"{row['group']} {row['variant']}: "
+                    f"{row['tokens_per_second']['median']:,.0f} tokens/s, "
+                    f"{row['step_seconds']['median']:.2f} s a step, {row['share_of_matmul']:.0%} "
+                    f"of {row['matmul_gflops'] / 1e3:,.4g} TFLOP/s"
+                )
         if wrong := sum("error" in row and "ok" not in row for row in self.rows):
             yield f"{wrong} rows failed: see their lines"
+
+
+def _text(printed: bytes | str | None) -> str:
+    """What a process printed before it was ended: bytes, whatever was asked for."""
+    return printed.decode(errors="replace") if isinstance(printed, bytes) else printed or ""
 
 
 def read(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -207,7 +198,9 @@ def read(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--size", default="8b", choices=tuple(SIZES))
     parser.add_argument("--minutes", type=float, default=9, help="start nothing after these")
-    parser.add_argument("--first", type=int, help="only so many rows of memory, and of speed")
+    parser.add_argument("--parts", nargs="*", choices=PARTS, default=PARTS)
+    parser.add_argument("--cases", type=int, help="only so many rows of memory")
+    parser.add_argument("--only", nargs="*", help="names of the variants whose speed is wanted")
     parser.add_argument("--parity", action="store_true", help="that part alone, in this process")
     parser.add_argument("--out", type=Path, help="append the JSON lines here")
     return parser.parse_args(argv)
@@ -218,30 +211,55 @@ def main(argv: Sequence[str] | None = None) -> int:
     own = read(argv)
     settle(own.device)
     if own.parity:
-        parts: list[Callable[[], Iterator[dict[str, Any]]]] = [
+        parts: list[Callable[[], Iterator[Row]]] = [
             lambda: attention_parity(own.device),
             lambda: model_parity(SIZES[own.size], own.device),
-            lambda: context(own.device),
+            lambda: card(own.device),
         ]
         for part in parts:
             for row in part():
                 print(json.dumps(row), flush=True)
         return 0
-    run, found = Run(own), cases(own.size, own.device == "cuda")[: own.first]
-    groups = speed.groups(SIZES[own.size], "cuda")
-    variants = [(group, variant) for group, members in groups.items() for variant in members]
-    variants.sort(key=lambda pair: (*FIRST_SPEED, pair[1].name).index(pair[1].name))
-    variants = variants[: own.first]
+
+    run = Run(own)
     run.add({"part": "versions", **report.versions()})
-    run.child("parity", "benchmarks.gpu", "--parity")
-    run.memory(found[:9])
-    run.speed(variants[:2])
-    run.memory(found[9:])
-    run.speed(variants[2:])
-    if own.device == "cuda":  # on a CPU it would need a compiler
-        run.child("leaves", "benchmarks.leaves")
+    play(run, own.parts)
     print(*run.table(), sep="\n")
     return int(any("error" in row and not row.get("ok") for row in run.rows))
+
+
+def play(run: Run, parts: Sequence[str]) -> None:
+    """The parts in the order of what they are worth."""
+    own, on_gpu = run.own, run.own.device == "cuda"
+    found = cases(own.size, on_gpu)[: own.cases]
+    wanted = [
+        pair for pair in variants(SIZES[own.size]) if not own.only or pair[1].name in own.only
+    ]
+    chosen = [pair for pair in wanted if pair[1].bits is None]
+
+    if "parity" in parts:
+        run.child("parity", "benchmarks.gpu", "--parity", *run.device())
+    if max((row.get("total", 0) for row in run.rows), default=0) > 100e9:
+        chosen.sort(key=lambda pair: (pair[1].name != "trainer", pair[1].name != NEEDS_MORE))
+    if "first" in parts:
+        run.memory("memory", found[:FIRST_CASES])
+        run.speed(chosen[:FIRST_VARIANTS])
+    if "memory" in parts:
+        run.memory("memory", found[FIRST_CASES : FIRST_CASES + 6], at_once=3)
+    if "speed" in parts:
+        run.speed(chosen[FIRST_VARIANTS if "first" in parts else 0 : len(ORDER)])
+    if "four-bits" in parts:
+        # The rows of the tiny model cannot be cut into blocks of 64 weights.
+        size = "mid" if own.size == "tiny" else own.size
+        run.child("four-bits", "benchmarks.unpacking", *run.device(size))
+        run.memory("four-bits", memory.packed(size, on_gpu)[: own.cases], size=size)
+        run.speed([pair for pair in wanted if pair[1].bits])
+    if "leaves" in parts and on_gpu:  # on a CPU it would need a compiler
+        run.child("leaves", "benchmarks.leaves", *run.device())
+    if "memory" in parts:
+        run.memory("memory", found[FIRST_CASES + 6 :], at_once=3)
+    if "speed" in parts:
+        run.speed(chosen[len(ORDER) :])
 
 
 if __name__ == "__main__":

@@ -23,7 +23,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.meters import CpuMeter, GatherCount, GpuMeter, MadeUp, Pretended, held, peer, watch
+from benchmarks.meters import (
+    CpuMeter,
+    GatherCount,
+    GpuMeter,
+    MadeUp,
+    Pretended,
+    held,
+    peer,
+    used_by_this_process,
+    watch,
+)
 from benchmarks.workloads import SIZES, Size
 from minilora.data.documents import Documents
 from minilora.data.schedule import Schedule
@@ -133,6 +143,17 @@ def sweep(size: str, bf16: bool) -> list[Case]:
     return [*cases, *(dataclasses.replace(other, batch=n) for n in (1, 2, 4))]
 
 
+def packed(size: str, on_gpu: bool) -> list[Case]:
+    """What 4 bits are for: all blocks kept in 24 GB and nothing gathered; and ZeRO-3 in spans."""
+    few, base = 1 if size == "8b" else 16, sweep(size, on_gpu)[0]
+    bits = dataclasses.replace(base, quantization_bit=4)
+    whole = {"deepspeed": "zero0", "gather_tokens": 2048 // few}
+    return [
+        dataclasses.replace(bits, keep_blocks=SIZES[size].layers, **whole),
+        dataclasses.replace(bits, gather_tokens=8192 // few),
+    ]
+
+
 def measure(case: Case, size: Size, world: World) -> dict[str, Any]:
     """Run the case for its steps; peaks of the last one, by phase, and bytes of what stays."""
     gc.collect()  # what an earlier row left must not be released within this one
@@ -150,7 +171,9 @@ def measure(case: Case, size: Size, world: World) -> dict[str, Any]:
     with meter.window("run"):
         step()
     if world.device.type == "cuda":
-        meter.notes["reserved"] = torch.cuda.memory_reserved()
+        free, total = torch.cuda.mem_get_info()
+        meter.notes["retries"] = torch.cuda.memory_stats().get("num_alloc_retries", 0)
+        meter.notes |= {"used": used_by_this_process(), "device used": total - free}
     return meter.close() | meter.notes | (held(engine) if engine else {})
 
 
@@ -163,6 +186,7 @@ def _engine(case: Case, size: Size, world: World) -> MadeUp:
         train=settings.train,
         ds_config=_ds_config(case, size, world.size),
         keep_blocks=case.keep_blocks,
+        tile_tokens=case.tile_tokens,
     )
     return MadeUp(world, plan, StartupTimes())
 
@@ -278,15 +302,27 @@ def row(case: Case, own: argparse.Namespace, world: World) -> dict[str, Any]:
 
 
 def shown(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
-    """Lines of a table, in MiB."""
+    """Lines of a table, in MiB: tensors, then all of a GPU, and what torch reserved of it.
+
+    in use: of this process by the driver, or else of the device, which others may share.
+    """
     width = max(len(found["case"]) for found in rows)
-    yield f"{'MiB':<{width}}{'predicted':>11}{'measured':>11}"
+    yield (
+        f"{'MiB':<{width}}{'predicted':>11}{'measured':>11}{'':>8}"
+        f"{'all':>11}{'reserved':>11}{'in use':>11}"
+    )
     for found in rows:
-        predicted, measured = found.get("predicted", {}).get("run"), found["measured"].get("run")
-        cells = [f"{n / 2**20:,.1f}" if n else "-" for n in (predicted, measured)]
+        plan, real = found.get("predicted", {}), found["measured"]
+        predicted, measured = plan.get("run"), real.get("run")
         both = f"{predicted / measured - 1:+.1%}" if predicted and measured else ""
+        in_use = real.get("used") or real.get("device used")
+        shown = (predicted, measured, plan.get("total"), real.get("reserved"), in_use)
+        cells = [f"{n / 2**20:,.1f}" if n else "-" for n in shown]
         full = "" if measured else "  out of memory"
-        yield f"{found['case']:<{width}}{cells[0]:>11}{cells[1]:>11}{both:>8}{full}"
+        yield (
+            f"{found['case']:<{width}}{cells[0]:>11}{cells[1]:>11}{both:>8}"
+            f"{cells[2]:>11}{cells[3]:>11}{cells[4]:>11}{full}"
+        )
 
 
 def alone(command: Sequence[str]) -> dict[str, Any]:

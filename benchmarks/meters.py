@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any
 
 import numpy as np
@@ -58,7 +59,9 @@ class GpuMeter:
         self._open: list[str] = []
 
     def _fold(self) -> None:
-        peak = torch.cuda.max_memory_allocated()
+        peak, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+        # Of the whole run: what torch has reserved it keeps.
+        self.notes["reserved"] = max(reserved, self.notes.get("reserved", 0))
         self.peaks |= {name: max(peak, self.peaks.get(name, 0)) for name in self._open}
         torch.cuda.reset_peak_memory_stats()
 
@@ -76,6 +79,21 @@ class GpuMeter:
 
     def close(self) -> dict[str, int]:
         return self.peaks
+
+
+def used_by_this_process() -> int:
+    """Bytes of the GPU that the driver counts for this process; 0 where it does not say.
+
+    It does not from inside some containers, where it knows the process by another number.
+    """
+    asked = ["nvidia-smi", "--query-compute-apps=pid,used_memory", "--format=csv,noheader,nounits"]
+    with suppress(OSError, ValueError, subprocess.SubprocessError):
+        done = subprocess.run(asked, capture_output=True, text=True, timeout=20, check=True)
+        for line in done.stdout.splitlines():
+            pid, mebibytes = map(int, line.split(","))
+            if pid == os.getpid():
+                return mebibytes * 2**20
+    return 0
 
 
 class CpuMeter:

@@ -24,6 +24,7 @@ from minilora.files.tensor_parts import TensorPart
 from minilora.files.weights import Checkpoint
 from minilora.memory.in_a_run import foresee
 from minilora.memory.job import memory_job
+from minilora.memory.spare import Open
 from minilora.memory.ways import Way
 from minilora.memory.zero3_gathers import Zero
 from minilora.model.nf4 import pack
@@ -91,10 +92,10 @@ def run(turns: Turns) -> None:
     memory = memory_job(settings, plan.checkpoint.shape, Zero.of(plan.ds_config), world.size)
     bf16 = settings.train.computes_in_bf16(torch.cuda.is_available())
     asked = Way(variant.name, replace(memory, bf16=bf16))
-    forecast = foresee(world, asked, {}, plan.lora, schedule, settings.keeps_what_fits)
+    forecast = foresee(world, asked, {}, plan.lora, schedule, Open.of(settings))
     decided = forecast.decided.job
-    plan = replace(plan, keep_blocks=decided.keep_blocks)
-    turns.counted["kept"] = plan.keep_blocks
+    plan = replace(plan, keep_blocks=decided.keep_blocks, tile_tokens=decided.tile_tokens)
+    turns.counted |= {"kept": decided.keep_blocks, "tile": decided.tile_tokens}
     phases = StartupTimes()
     phases.finished = turns.mark  # type: ignore[method-assign]
     engine = Engine(world, plan, phases)
@@ -107,7 +108,7 @@ def run(turns: Turns) -> None:
             documents=documents,
             validation=None,
             schedule=schedule,
-            limits=TileLimits(options.tile_tokens, decided.gather_tokens),
+            limits=TileLimits(decided.tile_tokens, decided.gather_tokens),
             lora=plan.lora,
             base=TokenizerFiles(settings.base, {}),
             start=State(0, 0, {}, {}, {}),
@@ -155,6 +156,7 @@ def _plan(turns: Turns, size: Size, settings: Settings) -> ModelRecipe:
         train=settings.train,
         ds_config=resolve_ds_config(path, settings.train, facts),
         keep_blocks=settings.train.keep_blocks or 0,
+        tile_tokens=settings.train.least_tile_tokens,
     )
 
 

@@ -40,7 +40,12 @@ def versions() -> dict[str, Any]:
     }
 
 
-def measure(player: Player, matmul: Player, size: Size, group: str) -> dict[str, Any]:
+def matmul_rate(matmul: Player) -> float:
+    """FLOP per second of a large matrix product: the limit that the variants are held against."""
+    return float(np.median([news["bytes"] / news["seconds"] for news in matmul.news[WARM_UP:]]))
+
+
+def measure(player: Player, limit: float, size: Size, group: str) -> dict[str, Any]:
     """The numbers of one variant: of its timed steps the median and the 10th and 90th percentile.
 
     Tokens are those of all ranks; FLOPs those of the model, without recomputing or padding. Of
@@ -54,7 +59,6 @@ def measure(player: Player, matmul: Player, size: Size, group: str) -> dict[str,
     speed = np.median(
         [step["flops"] / shared / each for step, each in zip(steps, seconds, strict=True)]
     )
-    limit = np.median([news["bytes"] / news["seconds"] for news in matmul.news[WARM_UP:]])
     last = timed[-1]
     received = last["bytes"] * (variant.world - 1) / variant.world
     return {
@@ -66,7 +70,7 @@ def measure(player: Player, matmul: Player, size: Size, group: str) -> dict[str,
             np.median([s["padded"] / t for s, t in zip(steps, seconds, strict=True)])
         ),
         "model_gflops": float(speed) / 1e9,
-        "matmul_gflops": float(limit) / 1e9,
+        "matmul_gflops": limit / 1e9,
         "share_of_matmul": float(speed / limit / variant.ranks),
         "gathered_bytes": last["bytes"],
         "gather_calls": last["calls"],

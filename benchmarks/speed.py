@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.report import WARM_UP, measure, summary, versions
+from benchmarks.report import WARM_UP, matmul_rate, measure, summary, versions
 from benchmarks.turns import Player, Variant, settle, start
 from benchmarks.workloads import SIZES, Size
 
@@ -35,12 +35,12 @@ def groups(size: Size, device: str) -> dict[str, list[Variant]]:
     trainer, ours = Variant("trainer", "trainer"), Variant("minilora", "minilora")
     bare = Variant("bare", "bare", recompute=False)
     micro = size.per_device * size.equal
-    gather = {"gather_tokens": micro, "tile_tokens": min(micro, 2048)}
+    gather = {"gather_tokens": micro, "tile_tokens": None if device == "cuda" else min(micro, 2048)}
     share = [replace(ours, name=f"minilora-keep-{k:g}", keep=k) for k in (0, 0.25, 0.5, 0.75, 1)]
     few_rows, many_rows = (n * size.equal for n in (1, 4))
     tiles = [
         replace(ours, name=f"minilora-tile-{n}", tile_tokens=n, keep=0.0)
-        for n in ((4096, 8192, 16384) if device == "cuda" else (few_rows, many_rows))
+        for n in ((2048, 4096, 16384) if device == "cuda" else (few_rows, many_rows))
     ]
     seven = {"ranks": 1, "simulated": 7, "stage": 3}
     simulated = [
@@ -71,6 +71,7 @@ def groups(size: Size, device: str) -> dict[str, list[Variant]]:
             # These are compared with each other: no peer.
             "keep": [replace(way, name=f"{way.name}-gather", **gather) for way in share],
             "tiles": [share[0], *tiles],
+            "four-bits": [ours, replace(ours, name="minilora-four-bits", bits=4)],
         }
     zero3 = {"stage": 3, "ranks": 2}
     trainer, ours = replace(trainer, name="trainer-zero3", **zero3), replace(ours, **zero3)
@@ -162,7 +163,7 @@ def measured(
     group: str, variants: Sequence[Variant], options: argparse.Namespace, folder: Path
 ) -> Iterator[dict[str, Any]]:
     """A line per variant. On a GPU each has the memory to itself, and may fail alone."""
-    size, peer, matmul = SIZES[options.size], None, None
+    size, peer, limit = SIZES[options.size], None, 0.0
     together = [[*variants, MATMUL]]
     for alike in together if options.device == "cpu" else [[MATMUL], *([v] for v in variants)]:
         try:
@@ -174,11 +175,10 @@ def measured(
             yield {"group": group, "variant": alike[0].name, "failed": str(error)[-300:]}
             continue
         if players[-1].variant is MATMUL:
-            matmul = players.pop()
-        assert matmul is not None
+            limit = matmul_rate(players.pop())
         for player in players:
             peer = peer or player
-            yield measure(player, matmul, size, group)
+            yield measure(player, limit, size, group)
 
 
 def say(text: str) -> None:

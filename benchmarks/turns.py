@@ -23,7 +23,8 @@ from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
 KEY = b"turns"
-PATIENCE = 300.0  # seconds for a variant to start, or to step
+# Seconds for a variant to start, or to step.
+PATIENCE = float(os.environ.get("BENCHMARK_PATIENCE", "300"))
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,8 @@ class Variant:
     system: trainer, bare, minilora or matmul. stage: of ZeRO, None without DeepSpeed. file: the
     DeepSpeed file, `llama_factory` or `scaled`, which is ours with its limits at this size.
     simulated: ranks that torch's fake process group plays, 0 for real processes. recompute: of the
-    peers. keep: the share of minilora's blocks that keep their activations, None for what fits.
-    bits: of the frozen weights, 4 or None; the peer then needs bitsandbytes.
+    peers. keep: the share of minilora's blocks that keep their activations, None for what fits;
+    so is tile_tokens. bits: of the frozen weights, 4 or None; the peer then needs bitsandbytes.
     """
 
     name: str
@@ -44,7 +45,7 @@ class Variant:
     recompute: bool = True
     stage: int = 0
     file: str = "scaled"
-    tile_tokens: int = 2048
+    tile_tokens: int | None = None
     gather_tokens: int | None = None
     packing: bool = False
     simulated: int = 0

@@ -17,6 +17,7 @@ from minilora.files.model_families import window_problem
 from minilora.memory.comparison import comparison
 from minilora.memory.job import MemoryJob
 from minilora.memory.peak import GIB, PeakMemory
+from minilora.memory.spare import Open, use_spare_memory
 from minilora.memory.terms import Term
 from minilora.memory.traffic import Links, received, seconds, waited_for
 from minilora.memory.ways import (
@@ -24,7 +25,6 @@ from minilora.memory.ways import (
     TILES,
     Way,
     asked_way,
-    keep_most_blocks,
     longest_document,
     nearest_that_fit,
     recommended,
@@ -100,8 +100,8 @@ def _run(own: argparse.Namespace, settings: Settings) -> int:
     host = "each host: " if own.num_nodes > 1 else "the host: "
     print(*_table(asked.peak, own.explain, host), sep="\n")
     print(f"{'fits' if fits else 'does not fit'}: {spare / GIB:+.2f} GiB of headroom")
-    if settings.keeps_what_fits:
-        print(_saved_blocks(asked.job, limit))
+    if any(Open.of(settings)):
+        print(_decided(asked.job, limit, Open.of(settings)))
 
     # What else could be done.
     compared = ways(asked, files)
@@ -164,14 +164,13 @@ def _tensors(term: Term) -> Iterator[str]:
             yield f"    {tensor.name:<36}{size:8.2f}  = {tensor.origin} x {term.each} B{made}"
 
 
-def _saved_blocks(job: MemoryJob, limit: int) -> str:
+def _decided(job: MemoryJob, limit: int, left_open: Open) -> str:
     """What a run does with the headroom where the settings leave it to the run."""
-    decided = keep_most_blocks(job, limit)
-    spans = " (in spans of a tile)" if decided.gather_tokens != job.gather_tokens else ""
-    return (
-        f"{decided.keep_blocks} of {job.shape.num_layers} blocks would save their activations"
-        f"{spans}, more with shorter rows: see keep_blocks"
-    )
+    decided = use_spare_memory(job, limit, left_open)
+    tile = f"tiles of {decided.tile_tokens:,} tokens"
+    spans = " in spans of a tile," if decided.gather_tokens != job.gather_tokens else ""
+    blocks = f"{decided.keep_blocks} of {job.shape.num_layers} blocks"
+    return f"a run would take {tile},{spans} and {blocks} would save their activations"
 
 
 def _longest(job: MemoryJob, files: Mapping[str, Zero], limit: int) -> Iterator[str]:

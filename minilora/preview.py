@@ -154,17 +154,17 @@ def _tile_use(
 ) -> str:
     """A line: how full the tiles of rank 0 are. order: document ids of each step."""
     train = settings.train
-    limits = TileLimits(train.tile_tokens, train.gather_tokens)
+    limits = TileLimits(train.least_tile_tokens, train.gather_tokens)
     tiles = []
     for number, rows in enumerate(order):
         step = build_step(documents, rows, number, asked, Place(0, ranks), limits)
         tiles += [sum(tile) for span in step.spans for tile in span.tiles]
 
     # A document longer than tile_tokens is one full tile, not more than one.
-    used = sum(tiles) / sum(max(tile, train.tile_tokens) for tile in tiles)
+    used = sum(tiles) / sum(max(tile, limits.tile_tokens) for tile in tiles)
     return (
         f"a tile has {np.mean(tiles):,.0f} tokens on average: {used:.0%} of tile_tokens, "
-        f"{train.tile_tokens:,}"
+        f"{limits.tile_tokens:,}"
     )
 
 

@@ -29,7 +29,7 @@ def gradients(job: MemoryJob, visit: Visit, first_tile: bool = False) -> Iterato
     if in_block and job.span > job.tile and not first_tile:
         # In recompute's backward; with one tile there is nothing to sum.
         yield Term(PART, "gradients summed over tiles, fp32", block, 4)
-        yield Term(PART, "gradients of the last tile", block, job.size if stage else 4)
+        yield Term(PART, "gradients of the last tile", block, job.size)
 
     if stage == 0:
         blocks = layers if several_spans else blocks_done

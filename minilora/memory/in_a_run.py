@@ -19,7 +19,8 @@ from minilora.memory.measured import (
     write_history,
 )
 from minilora.memory.peak import GIB
-from minilora.memory.ways import Way, advice, keep_most_blocks, nearest_that_fit
+from minilora.memory.spare import Open, use_spare_memory
+from minilora.memory.ways import Way, advice, nearest_that_fit
 from minilora.memory.zero3_gathers import Zero
 from minilora.model.lora_shape import LoraShape
 from minilora.processes.world import World
@@ -50,9 +51,9 @@ class Forecast:
     """The memory plan of a run.
 
     asked: what the settings ask for, where every document is as long as they allow; decided: what
-    the run does, with the real lengths of its documents and with the number of blocks that save
-    their activations. files: the DeepSpeed files that could serve, by name. limit: bytes that a
-    process can have, of its GPU or, on a CPU, of the machine's memory.
+    the run does, with the real lengths of its documents and with what the settings leave to the
+    run. files: the DeepSpeed files that could serve, by name. limit: bytes that a process can have,
+    of its GPU or, on a CPU, of the machine's memory.
     """
 
     asked: Way
@@ -147,12 +148,12 @@ def foresee(
     files: Mapping[str, Zero],
     lora: LoraShape,
     schedule: Schedule,
-    saves_what_fits: bool,
+    left_open: Open,
 ) -> Forecast:
     """The plan with the real lengths of the data, and with the memory that is free. Collective.
 
     asked, files: as asked_way returns them; lora: the adapter, which may continue another one;
-    saves_what_fits: whether as many blocks save their activations as fit with room to spare.
+    left_open: what the run decides by itself.
     """
     job = replace(
         asked.job,
@@ -163,6 +164,5 @@ def foresee(
     )
     # The ranks must decide the same, so that the one with the least memory decides.
     free = min(world.gather_objects(free_memory(world.device, world.sharing)))
-    if saves_what_fits:
-        job = keep_most_blocks(job, free)
-    return Forecast(asked, Way(asked.file, job), files, free)
+    decided = use_spare_memory(job, free, left_open)
+    return Forecast(asked, Way(asked.file, decided), files, free)

@@ -138,7 +138,7 @@ def memory_job(settings: Settings, shape: LlamaShape, zero: Zero, ranks: int) ->
         adapter=LoraShape.of(settings.method, shape),
         bf16=train.bf16 is not False,
         keep_blocks=kept_blocks(settings, shape),
-        tile_tokens=train.tile_tokens,
+        tile_tokens=train.least_tile_tokens,
         gather_tokens=train.gather_tokens,
         loss_tokens=train.loss_tokens,
         offload_activations=train.offload_activations,

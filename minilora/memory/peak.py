@@ -23,9 +23,11 @@ GIB = 2**30  # bytes
 # benchmarks/memory.py prints what replaces these numbers. On a GPU together 0.9 GiB per process:
 CONTEXT = int(0.55 * GIB)  # CUDA's context with torch's kernels, and the workspace of cuBLAS
 NCCL = int(0.35 * GIB)  # the buffers of its channels, where there is more than one GPU
-# Of the tensors at the peak: what torch's allocator holds unused between them. Assumed with
-# expandable segments, which measured.expand_segments asks for.
-SLACK = 0.03
+# What torch's allocator holds unused between tensors, with expandable segments, which
+# measured.expand_segments asks for. Counted without a GPU: torch's CUDA allocator was run over
+# address space, with kernels that did nothing (torch 2.11, DeepSpeed 0.19.8, 22 jobs).
+SLACK = 0.02  # of the tensors at the peak
+HOLES = 1.5  # and where ZeRO-3 gathers, at least so many blocks, in holes that blocks leave
 # Host memory of one process, assumed: Python, torch and CUDA's libraries.
 PROCESS = 2 * GIB
 
@@ -79,16 +81,20 @@ def peak_memory(job: MemoryJob) -> PeakMemory:
 
     gathers = gathers_of(job)
     alive = Alive(job)
-    most, peak_moment = 0, ""
+    most, most_gathered, most_else, peak_moment = 0, 0, 0, ""
     at_peak: list[Term] = []
     for visit in that_can_be_worst(job, gathers.visits):
         for moment, terms in alive.moments(visit):
             total = always + sum(term.bytes for term in terms)
             by_moment[moment] = max(by_moment.get(moment, 0), total)
+            gathered = sum(term.bytes for term in terms if term.name.startswith("gathered"))
+            most_gathered = max(most_gathered, gathered)
+            most_else = max(most_else, total - gathered)
             if total > most:
                 most, peak_moment, at_peak = total, f"{moment}, {visit.module.name}", terms
 
-    all_terms = [*resident, *at_peak, *_fixed(job, most)]
+    all_terms = [*resident, *at_peak, *_fixed(job, most, most_gathered)]
+    all_terms += _of_two_streams(job, most, most_gathered, most_else)
     return PeakMemory(
         terms=tuple(term for term in all_terms if term.bytes),
         peak_moment=peak_moment,
@@ -165,6 +171,10 @@ def _resident(job: MemoryJob) -> Iterator[Term]:
         yield from _weights(base, "weights, replica", [n.elements for n in base])
         # DeepSpeed keeps fp32 masters from stage 1 on; at stage 0 the adapter itself is in fp32.
         yield Term("parameters", "LoRA, whole", sum(trained), size if zero.stage else 4)
+        if zero.stage == 0 and job.bf16:
+            # model/working_copies.py; the vectors of DoRA have none, and are too small to matter.
+            pairs = sum(job.lora.values()) * job.shape.num_layers
+            yield Term("parameters", "LoRA's copies to compute with", pairs, size)
     else:
         on_gpu = [0 if zero.offload_param else -(-n.elements // job.ranks) for n in base]
         kept = [
@@ -223,17 +233,43 @@ def _whole_as_well(sizes: list[int], job: MemoryJob) -> int:
     return sum(size for size in sizes if size <= threshold)
 
 
-def _fixed(job: MemoryJob, tensors: int) -> list[Term]:
-    """What a GPU holds beside `tensors` bytes of tensors."""
+def _fixed(job: MemoryJob, tensors: int, gathered: int) -> list[Term]:
+    """What a GPU holds beside `tensors` bytes of tensors.
+
+    gathered: the most bytes that ZeRO-3 gathers at a time.
+    """
     if not job.on_gpu:
         return []
-    slack = int(SLACK * tensors)
     communicators = (job.ranks > 1) + (job.zero.zero_hpz_partition_size > 1)
+    slack = Term(
+        "fixed", "allocator slack, estimate", int(SLACK * tensors), 1, f"{SLACK} x {tensors:,}"
+    )
+    if gathered:
+        block, each = sum(job.shape.held_matrices().values()), 1 if job.shape.packed else job.size
+        holes = Term(
+            "fixed", "allocator slack, estimate", int(HOLES * block), each, f"{HOLES} x {block:,}"
+        )
+        slack = max(slack, holes, key=lambda term: term.bytes)
     return [
         Term("fixed", "CUDA context, estimate", CONTEXT, 1),
         Term("fixed", "NCCL, estimate", communicators, NCCL),
-        Term("fixed", "allocator slack, estimate", slack, 1, f"{SLACK} x {tensors:,}"),
+        slack,
     ]
+
+
+def _of_two_streams(
+    job: MemoryJob, most: int, most_gathered: int, most_else: int
+) -> Iterator[Term]:
+    """What torch keeps besides where ZeRO-3 gathers on a stream of its own.
+
+    Torch keeps memory apart by stream. So the most of what is gathered and the most of all other
+    tensors add up, though they are not at the same time. And what is gathered leaves a hole as
+    large as the embedding, which blocks have been put into since.
+    """
+    if job.on_gpu and most_gathered and job.zero.overlap_comm:
+        table = job.shape.vocab_size * job.shape.hidden_size * job.size
+        more = max(0, most_gathered + most_else + table - most)
+        yield Term("fixed", "memory of the second stream, estimate", more, 1)
 
 
 def _host(job: MemoryJob) -> Iterator[Term]:

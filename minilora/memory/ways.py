@@ -28,10 +28,6 @@ LOSS = 256
 # A recommendation leaves 5 % of the GPU free: CONTEXT, NCCL and SLACK of peak.py are assumptions,
 # and this is what they may be wrong by together.
 MARGIN = 0.95
-# How much a run leaves free when it decides by itself how many blocks save their activations. On a
-# GPU (True) 15 %: a wrong guess would end a run that nobody asked to be so tight. On a CPU (False)
-# half: other programs use the machine's memory too, and it may not start to swap.
-SPARE = {False: 0.5, True: 0.15}
 # A link of 80 Gbit/s into a GPU brings so many bytes a second. It is the default of plan's
 # --link_gbps.
 BYTES_PER_SECOND = 1e10
@@ -193,22 +189,6 @@ def nearest_that_fit(asked: Way, files: Mapping[str, Zero], limit: int) -> list[
             documents = job.step_tokens // job.longest
             job = replace(job, longest=half, step_tokens=documents * half)
     return sorted(found, key=lambda way: (len(way.changes(asked)), way.peak.gathered))[:3]
-
-
-def keep_most_blocks(job: MemoryJob, limit: int) -> MemoryJob:
-    """The same step with the most blocks that save their activations and leave SPARE free.
-
-    Where weights are not gathered, a step in spans of a tile each costs nothing. So if the user has
-    not set gather_tokens, the step is cut where more blocks can save their activations then.
-    """
-    gathers = [job.gather_tokens]
-    if job.gather_tokens is None and (job.zero.stage < 3 or job.ranks == 1):
-        gathers.append(job.tile_tokens)
-
-    most = (1 - SPARE[job.on_gpu]) * limit
-    counts = range(job.shape.num_layers, 0, -1)
-    tried = variants(job, keep_blocks=counts, gather_tokens=gathers)
-    return next((variant for variant in tried if peak_memory(variant).total <= most), job)
 
 
 def longest_document(job: MemoryJob, limit: int) -> int:

@@ -40,6 +40,8 @@ class Zero:
         section = dict(ds_config.get("zero_optimization", {}))
         place = section.get("offload_param") or {}
         section["offload_param"] = place.get("device", "none") != "none"
+        if section.get("overlap_comm") is None:  # DeepSpeed's default depends on the stage
+            section["overlap_comm"] = section.get("stage", 0) == 3
         known = {item.name for item in fields(cls)} & section.keys()
         return cls(**{name: section[name] for name in known})
 

@@ -28,6 +28,7 @@ from minilora.model.recompute import recompute, save_activations
 from minilora.model.rope import rotate
 from minilora.model.swiglu import swiglu
 from minilora.model.tiles import MlpPiece, Tile
+from minilora.model.working_copies import working
 
 
 class Linear(nn.Module):
@@ -166,8 +167,9 @@ class Block(nn.Module):
             return self._forward_mlp(hidden, pieces[0])
 
         # A long tile. Its MLP is recomputed piece by piece within the backward of the tile, so
-        # that the wide activations of only one piece exist at a time.
-        trained = [parameter for parameter in self.mlp.parameters() if parameter.requires_grad]
+        # that the wide activations of only one piece exist at a time. The graph of the tile leads
+        # to what is computed with in place of the parameters.
+        trained = [working(p) for p in self.mlp.parameters() if p.requires_grad]
         return recompute(self._forward_mlp, hidden, pieces, trained)
 
     def _forward_mlp(self, hidden: Tensor, piece: MlpPiece) -> Tensor:

@@ -16,6 +16,7 @@ from minilora.model.dropout import SeededDropout
 from minilora.model.linear import LoraPair, linear
 from minilora.model.llama import Block, Linear, Llama
 from minilora.model.lora_shape import MAGNITUDE, WHOLE, LoraLayer, LoraShape
+from minilora.model.working_copies import WorkingCopies, working
 
 
 class LoraLinear(nn.Module):
@@ -57,8 +58,8 @@ class LoraLinear(nn.Module):
         dropped = None
         if self.dropout is not None and self.training:
             dropped = self.dropout(x)
-        a = self.lora_A.to(x.dtype)
-        b = self.lora_B.to(x.dtype)
+        a = working(self.lora_A).to(x.dtype)
+        b = working(self.lora_B).to(x.dtype)
         pair = LoraPair(a, b, self.scaling, dropped)
         if self.lora_magnitude_vector is None:
             return linear(x, self.matrix, self.bias, pair, graph_only)
@@ -146,6 +147,16 @@ def lora_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             yield name, parameter
+
+
+def copies_of_pairs(model: nn.Module, dtype: torch.dtype) -> WorkingCopies:
+    """Copies of every lora_A and lora_B that has another dtype than this, which is computed in."""
+    pairs = [
+        parameter
+        for name, parameter in lora_parameters(model)
+        if name.endswith((".lora_A", ".lora_B")) and parameter.dtype != dtype
+    ]
+    return WorkingCopies(pairs, dtype)
 
 
 def parameter_groups(model: nn.Module, ratio: float | None) -> list[dict[str, Any]]:

@@ -32,6 +32,7 @@ from torch.autograd.function import once_differentiable
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from minilora.model.offload import HostStore
+from minilora.model.working_copies import working
 
 
 class Rows(Protocol):
@@ -162,7 +163,7 @@ class _Recompute(torch.autograd.Function):
                     for_graph = replace(tile, graph_only=True)
                     graph = _forward_with_graph(task.body, hidden, for_graph)[1]
 
-                inputs = (graph.input, *ctx.parameters)
+                inputs = (graph.input, *map(working, ctx.parameters))
                 grad_input, *grads = torch.autograd.grad(graph.end, inputs, grad_output[tile.rows])
 
                 grad_hidden[tile.rows] = grad_input

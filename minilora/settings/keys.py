@@ -16,6 +16,9 @@ from minilora.settings.fields import setting
 # What data/named_templates.py has besides the checkpoint's own chat template.
 TEMPLATES = ("llama3", "mistral", "qwen", "qwen3", "qwen3_nothink")
 
+# The tokens that a block computes at a time, on a CPU, and at the least on a GPU.
+TILE_TOKENS = 2048
+
 
 # A table, with two or three lines for each setting.
 # fmt: off
@@ -187,9 +190,9 @@ class TrainSettings:
     # In nanoseconds, 1e9 seconds still fit into 64 bits.
     ddp_timeout: int = setting(
         1800, "Seconds that a process waits for the others.", at_least=1, at_most=10**9)
-    tile_tokens: int = setting(
-        2048, "Ours: tokens that a block computes at a time. Fewer need less working memory.",
-        at_least=1)
+    tile_tokens: int | None = setting(
+        None, "Ours: tokens that a block computes at a time. Fewer need less working memory. "
+        "Default: 2048, and on a GPU up to 8192 where they fit.", at_least=1)
     gather_tokens: int | None = setting(
         None, "Ours: tokens that share one gather of each block. Fewer need less memory for saved "
         "inputs. Default: the whole step.", at_least=1)
@@ -210,6 +213,11 @@ class TrainSettings:
     def computes_in_bf16(self, on_gpu: bool) -> bool:
         """The bf16 setting, or its default: bf16 on a GPU, fp32 on a CPU."""
         return on_gpu if self.bf16 is None else self.bf16
+
+    @property
+    def least_tile_tokens(self) -> int:
+        """tile_tokens, or the least of what a run chooses by itself."""
+        return TILE_TOKENS if self.tile_tokens is None else self.tile_tokens
 
     @property
     def eval_every(self) -> float:

@@ -115,10 +115,10 @@ class Settings:
         """Contradictions in what is kept, recomputed and gathered."""
         train = self.train
         keeps_all = self.model.disable_gradient_checkpointing
-        if train.gather_tokens is not None and train.gather_tokens < train.tile_tokens:
+        if train.gather_tokens is not None and train.gather_tokens < train.least_tile_tokens:
             yield (
                 f"{self.name_of('gather_tokens')}: {train.gather_tokens} is less than tile_tokens "
-                f"{train.tile_tokens}; raise it or lower tile_tokens"
+                f"{train.least_tile_tokens}; raise it or lower tile_tokens"
             )
 
         if train.offload_activations and keeps_all:

@@ -28,7 +28,7 @@ from minilora.files.output_folder import check_room
 from minilora.files.rotation import draft_bytes
 from minilora.files.snapshot import find_snapshot
 from minilora.files.weights import Checkpoint, read_checkpoint
-from minilora.memory.job import kept_blocks
+from minilora.memory.job import MemoryJob, kept_blocks
 from minilora.memory.ways import Way, asked_way
 from minilora.memory.zero3_gathers import Zero
 from minilora.model.llama_shape import LlamaShape
@@ -70,15 +70,16 @@ class CheckedRequest:
         on_gpu = torch.cuda.is_available()
         return asked_way(self.settings, self.checkpoint.shape, self.ds_configs, ranks, on_gpu)
 
-    def recipe(self, keep_blocks: int) -> ModelRecipe:
-        """What the engine builds, with as many blocks saving their activations as was decided."""
+    def recipe(self, decided: MemoryJob) -> ModelRecipe:
+        """What the engine builds, with the tiles and the blocks that save their activations."""
         return ModelRecipe(
             self.checkpoint,
             self.lora,
             self.start_adapter,
             self.settings.train,
             self.ds_config,
-            keep_blocks,
+            decided.keep_blocks,
+            decided.tile_tokens,
         )
 
 

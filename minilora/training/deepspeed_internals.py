@@ -12,7 +12,9 @@ parts have the same length, so the last ranks' parts are padded.
 from __future__ import annotations
 
 import logging
+import sys
 import warnings
+from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from datetime import timedelta
@@ -28,6 +30,9 @@ from deepspeed.utils import groups
 from torch import Tensor, nn
 
 from minilora.settings.errors import RequestError
+
+# How many modules the host may fetch for before the GPU has come to the first of them.
+FETCHES_AHEAD = 2
 
 
 class PartitionedInit(deepspeed.zero.Init):  # type: ignore[misc]
@@ -137,6 +142,53 @@ def global_grad_norm(engine: Any) -> float:
     and so is early enough to stop a run whose gradient is not finite.
     """
     return float(engine.optimizer._global_grad_norm)
+
+
+def set_lead_of_host(engine: Any, device: torch.device) -> None:
+    """Set how far the host runs ahead of a GPU at stage 3, so that memory stays as planned.
+
+    With overlap_comm the gathers have a stream of their own (runtime/zero/parameter_offload.py),
+    see `_keep_near`. Without it they are in the order of the computation, so that what is freed can
+    be used again at once, however far ahead the host is. NCCL still gathers beside the computation,
+    on a stream that torch gives it. DeepSpeed then makes the host wait in each block until the GPU
+    is done with the one before: at most two events of arrived parameters may be open
+    (`__max_ongoing_fetch_events` of runtime/zero/partitioned_param_coordinator.py), and a block has
+    seven. That limit is against the memory of streams of their own, and is lifted here.
+    """
+    if device.type != "cuda" or engine.zero_optimization_stage() < 3:
+        return
+    coordinator = engine.optimizer.parameter_offload.get_param_coordinator()
+    if engine.zero_overlap_comm():
+        _keep_near(coordinator)
+    else:
+        limit = "_PartitionedParameterCoordinator__max_ongoing_fetch_events"
+        assert hasattr(coordinator, limit)
+        setattr(coordinator, limit, sys.maxsize)
+
+
+def _keep_near(coordinator: Any) -> None:
+    """Let the host be at most FETCHES_AHEAD fetches ahead of the GPU.
+
+    `fetch_sub_module` of runtime/zero/partitioned_param_coordinator.py takes memory for what it
+    gathers at once, on a stream of its own. `free_param` of partition_parameters.py marks what it
+    frees with `record_stream`, so that this memory can be used again only when the GPU has come
+    past its last use. A host that has queued the work of many blocks finds the memory of none of
+    them free, and torch takes more from the GPU for each.
+
+    The hooks of all modules look `fetch_sub_module` up on the engine's one coordinator.
+    """
+    fetch = coordinator.fetch_sub_module
+    come_to: deque[torch.cuda.Event] = deque()  # in the order of the fetches
+
+    def fetch_when_near(*args: Any, **kwargs: Any) -> None:
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record()
+        come_to.append(event)
+        if len(come_to) > FETCHES_AHEAD:
+            come_to.popleft().synchronize()
+        fetch(*args, **kwargs)
+
+    coordinator.fetch_sub_module = fetch_when_near
 
 
 def reject_bad_config(config: Mapping[str, Any]) -> str | None:

@@ -6,7 +6,7 @@ What is private in DeepSpeed stays in deepspeed_internals.py. No other file impo
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,7 @@ from minilora.files.weights import Checkpoint, read_parts
 from minilora.files.weights_digest import WeightsDigest, added
 from minilora.model.build import NewAdapter, build_model
 from minilora.model.llama import Block, Llama
-from minilora.model.lora import LoraLinear, lora_parameters, parameter_groups
+from minilora.model.lora import LoraLinear, copies_of_pairs, lora_parameters, parameter_groups
 from minilora.model.lora_shape import MAGNITUDE, LoraShape
 from minilora.model.tiles import document_tiles
 from minilora.processes.startup_times import StartupTimes
@@ -42,6 +42,7 @@ class ModelRecipe:
     adapter: parameter name to tensor, where training continues an adapter; empty for a new one
     ds_config: DeepSpeed's configuration without "auto" values
     keep_blocks: how many blocks, the last ones, save their activations instead of recomputing them
+    tile_tokens: how many tokens a block's MLP computes at a time
     """
 
     checkpoint: Checkpoint
@@ -50,6 +51,7 @@ class ModelRecipe:
     train: TrainSettings
     ds_config: dict[str, Any]
     keep_blocks: int
+    tile_tokens: int
 
 
 class Engine:
@@ -64,7 +66,7 @@ class Engine:
     def __init__(self, world: World, recipe: ModelRecipe, times: StartupTimes) -> None:
         self.world, self.shape = world, recipe.checkpoint.shape
         self.stage = zero_stage(recipe.ds_config)
-        self.tile_tokens = recipe.train.tile_tokens
+        self.tile_tokens = recipe.tile_tokens
         self.grad_norm = 0.0
         bf16 = recipe.train.computes_in_bf16(on_gpu=world.device.type == "cuda")
         self.dtype = torch.bfloat16 if bf16 else torch.float32
@@ -79,11 +81,14 @@ class Engine:
         times.finished("model")
 
         # Each rank reads only the bytes of its own partitions.
-        digest = WeightsDigest(self._counted(recipe.checkpoint))
+        # With ZeRO-3 it adds up all that it reads for the digest, and else its share of the names.
+        names, parts = [*recipe.checkpoint.tensors], 1 if self.stage == 3 else world.size
+        digest = WeightsDigest({*names[world.rank % parts :: parts]})
         with world.agreed():
             self.bytes_read = read_parts(recipe.checkpoint, self._parts_to_read(), digest)
         self.base_sums = added(world.gather_objects(digest.sums))
         self._start_adapter(recipe.adapter)
+        self.copies = copies_of_pairs(self.model, self.dtype)
         times.finished("weights")
 
         # A block is gathered as a whole when it is entered, not one linear layer after another.
@@ -96,6 +101,7 @@ class Engine:
         self.engine, *_ = deepspeed.initialize(
             model=self.model, optimizer=self.adam, config=config, dist_init_required=False
         )
+        internals.set_lead_of_host(self.engine, world.device)
         self.engine.train()
         times.finished("DeepSpeed")
 
@@ -135,6 +141,7 @@ class Engine:
         # A hook before AdamW's step checks the norm. It does not run when DeepSpeed finds an
         # overflow and skips the step, so the norm is checked once more.
         self.engine.step()
+        self.copies.renew()
         self._check_norm()
         return self.grad_norm
 
@@ -191,6 +198,7 @@ class Engine:
             else:
                 for moment, value in moments.items():
                     self.adam.state[parameter][moment].copy_(value)
+        self.copies.renew()
 
     def _forward(self, span: Span, scale: float) -> Tensor:
         device = self.world.device
@@ -238,12 +246,6 @@ class Engine:
                 start, kept = self._partition(parameter)
                 if len(kept):
                     yield TensorPart(name, start, kept)
-
-    def _counted(self, checkpoint: Checkpoint) -> Set[str]:
-        """The base weights that this rank adds up for the digest, of those that it reads."""
-        if self.stage == 3:
-            return checkpoint.tensors.keys()
-        return {*list(checkpoint.tensors)[self.world.rank :: self.world.size]}
 
     def _start_adapter(self, adapter: Mapping[str, Tensor]) -> None:
         """Copy in the adapter that training continues, or what a new DoRA starts from."""

@@ -22,7 +22,9 @@ from minilora.files.rotation import delete_drafts
 from minilora.files.snapshot import State
 from minilora.files.weights import Checkpoint, check_tied_head
 from minilora.memory.in_a_run import Forecast, OutOfMemory, foresee
+from minilora.memory.job import MemoryJob
 from minilora.memory.measured import is_out_of_memory, read_memory
+from minilora.memory.spare import Open
 from minilora.processes.launcher import check_launcher
 from minilora.processes.signals import Stopped
 from minilora.processes.startup_times import StartupTimes
@@ -136,19 +138,17 @@ def run_in(world: World, request: CheckedRequest, times: StartupTimes) -> None:
 
     # What the plan decides stands beside what was asked: neither overwrites the other.
     asked, files = request.asked_way(world.size)
-    forecast = foresee(world, asked, files, request.lora, schedule, settings.keeps_what_fits)
+    forecast = foresee(world, asked, files, request.lora, schedule, Open.of(settings))
     decided = forecast.decided.job
     tell(world, settings.notices, notes, forecast.opening(settings.train.strict_plan))
     tell(world, advice_on(request, documents, world.size))
 
     with forecast.explaining(world.rank, settings.train):
-        engine = Engine(world, request.recipe(decided.keep_blocks), times)
+        engine = Engine(world, request.recipe(decided), times)
         state = put_back(start, engine, request.checkpoint, info)
         if start.snapshot is not None:
             tell(world, [resumes_from(start, schedule)])
-        tell(
-            world, start.notes, facts(request, engine, schedule, decided.keep_blocks), [str(times)]
-        )
+        tell(world, start.notes, facts(request, engine, schedule, decided), [str(times)])
 
         totals = Totals(**start.state.log_totals)
         log = Report(settings.train, schedule.total_steps, world.rank == 0, totals)
@@ -160,7 +160,7 @@ def run_in(world: World, request: CheckedRequest, times: StartupTimes) -> None:
                 documents=documents,
                 validation=validation,
                 schedule=schedule,
-                limits=TileLimits(settings.train.tile_tokens, decided.gather_tokens),
+                limits=TileLimits(decided.tile_tokens, decided.gather_tokens),
                 lora=request.lora,
                 base=base,
                 start=state,
@@ -255,7 +255,7 @@ def resumes_from(start: StartingPoint, schedule: Schedule) -> str:
 
 
 def facts(
-    request: CheckedRequest, engine: Engine, schedule: Schedule, keep_blocks: int
+    request: CheckedRequest, engine: Engine, schedule: Schedule, decided: MemoryJob
 ) -> Iterator[str]:
     """Lines that confirm, before the first step, what is about to be trained and how."""
     world, checkpoint = engine.world, request.checkpoint
@@ -270,5 +270,9 @@ def facts(
     )
     if checkpoint.shape.packed:
         yield "the weights of the blocks' linear layers are held in 4 bits (NF4)"
-    others = ", the others recompute them" if keep_blocks < layers else ""
-    yield f"{keep_blocks} of {layers} blocks keep their activations{others}"
+    keeping = decided.keep_blocks
+    others = ", the others recompute them" if keeping < layers else ""
+    yield (
+        f"{keeping} of {layers} blocks keep their activations{others}; a block computes up to "
+        f"{decided.tile_tokens:,} tokens at a time"
+    )

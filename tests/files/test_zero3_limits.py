@@ -47,7 +47,6 @@ def test_for_8b_in_bf16_they_are_the_numbers_that_were_written_by_hand(
 ) -> None:
     by_hand = Zero(
         stage=3,
-        overlap_comm=True,
         reduce_bucket_size=10_000_000,
         stage3_prefetch_bucket_size=200_000_000,
         stage3_max_live_parameters=436_000_000,

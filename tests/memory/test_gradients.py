@@ -42,10 +42,10 @@ def test_stages_1_and_2_have_a_bucket_and_later_a_shard() -> None:
 
 
 def test_gradients_are_summed_where_a_span_has_several_tiles() -> None:
-    for file, last in (("zero3", 2), ("zero0", 4)):
+    for file in ("zero3", "zero0"):
         lines = at(article(zero=FILES[file]), "block 31")
         assert lines["gradients summed over tiles, fp32"] == 4 * BLOCK
-        assert lines["gradients of the last tile"] == last * BLOCK
+        assert lines["gradients of the last tile"] == 2 * BLOCK
         assert not at(article(zero=FILES[file]), "block 31", backward=False)
     assert not at(article(tile_tokens=32768), "block 31")
 

@@ -19,6 +19,7 @@ from minilora.data.steps import Place, TileLimits, build_step, most_tokens, wors
 from minilora.files.model_config import shape_from_config
 from minilora.memory.in_a_run import Forecast, OutOfMemory, foresee
 from minilora.memory.peak import GIB, peak_memory
+from minilora.memory.spare import Open
 from minilora.memory.ways import Way
 from minilora.model.lora_shape import LoraShape
 from minilora.model.loss import head_loss
@@ -211,7 +212,8 @@ def test_what_is_asked_and_what_is_decided_are_two_things(
     job = article(ranks=1, shape=shape, step_tokens=4096, adapter=pairs_on("q_proj"))
     schedule = Schedule(np.full(60, 1024), 1, 2, 2048, packing=False)
     asked = Way("zero3", job)
-    found = foresee(alone, asked, FILES, pairs_on("v_proj"), schedule, saves_what_fits)
+    left_open = Open(blocks=saves_what_fits)
+    found = foresee(alone, asked, FILES, pairs_on("v_proj"), schedule, left_open)
     assert found.asked is asked and found.files is FILES
     decided = found.decided.job
     assert (decided.step_tokens, decided.longest, decided.on_gpu) == (2048, 1024, False)

@@ -9,7 +9,8 @@ import pytest
 
 from minilora.files.deepspeed_file import Facts, read_deepspeed_files
 from minilora.memory.peak import GIB, PeakMemory, peak_memory
-from minilora.memory.ways import Way, asked_way, keep_most_blocks, recommended, ways
+from minilora.memory.spare import Open, use_spare_memory
+from minilora.memory.ways import Way, asked_way, recommended, ways
 from minilora.memory.zero3_gathers import Gathers, Module, Zero
 from minilora.plan import main as plan
 from minilora.settings.command_line import read_settings
@@ -66,12 +67,12 @@ def test_what_is_gathered_is_counted_in_bytes_and_by_its_elements() -> None:
 @pytest.mark.parametrize(
     ("changes", "gib", "gigabytes"),
     [
-        ({}, 12.68, 9.5),
-        ({"gather_tokens": 8192}, 5.91, 38.1),
-        ({"gather_tokens": 2048, "zero": PACKED["zero0"]}, 8.45, 0),
-        ({"gather_tokens": 2048, "zero": PACKED["zero0"], "keep_blocks": 32}, 16.70, 0),
-        ({"model": "llama-3.1-70b", "offload_activations": True}, 13.39, 76.9),
-        ({"model": "llama-3.1-70b", "gather_tokens": 8192}, 22.26, 307.7),
+        ({}, 12.57, 9.5),
+        ({"gather_tokens": 8192}, 5.93, 38.1),
+        ({"gather_tokens": 2048, "zero": PACKED["zero0"]}, 8.46, 0),
+        ({"gather_tokens": 2048, "zero": PACKED["zero0"], "keep_blocks": 32}, 16.63, 0),
+        ({"model": "llama-3.1-70b", "offload_activations": True}, 13.66, 76.9),
+        ({"model": "llama-3.1-70b", "gather_tokens": 8192}, 22.27, 307.7),
     ],
 )
 def test_the_numbers_that_are_published(
@@ -92,7 +93,7 @@ def test_24_gb_are_used_best_by_whole_weights_in_spans_of_a_tile() -> None:
     found = recommended(ways(Way("zero3", article(quantization_bit=4)), PACKED), CARD)
     assert found and (found.file, found.blocks) == ("zero0", "saved")
     assert (found.job.gather_tokens, found.job.tile_tokens) == (2048, 2048)
-    kept = keep_most_blocks(article(quantization_bit=4, zero=PACKED["zero0"]), CARD)
+    kept = use_spare_memory(article(quantization_bit=4, zero=PACKED["zero0"]), CARD, Open())
     assert (kept.keep_blocks, kept.gather_tokens) == (32, 2048)
 
     in_bf16 = recommended(ways(Way("zero3", article()), FILES), CARD)
@@ -111,7 +112,7 @@ def test_the_70b_example_fits_seven_cards_of_24_gb() -> None:
     shape = example_shape("llama-3.1-70b", settings.model.quantization_bit)
     ds_configs = read_deepspeed_files(settings.train, Facts(7, shape, bf16=True))
     asked, _ = asked_way(settings, shape, ds_configs, 7, on_gpu=True)
-    assert asked.file == "zero3" and round(asked.peak.total / GIB, 2) == 22.26 < 23.64
+    assert asked.file == "zero3" and round(asked.peak.total / GIB, 2) == 22.27 < 23.64
 
 
 def test_70b_on_six_cards_of_16_gb_is_told_what_fits(capsys: pytest.CaptureFixture[str]) -> None:
@@ -126,6 +127,6 @@ def test_70b_on_six_cards_of_16_gb_is_told_what_fits(capsys: pytest.CaptureFixtu
 def test_where_bf16_does_not_fit_4_bits_are_offered(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--num_gpus", "7", "--gpu_memory", "13"]
     code, output = says(capsys, "llama31_8b_7x4090", *words)
-    assert code == 1 and re.search(r"^ +12\.68 GiB  quantization_bit: 4$", output, re.MULTILINE)
+    assert code == 1 and re.search(r"^ +12\.57 GiB  quantization_bit: 4$", output, re.MULTILINE)
     code, output = says(capsys, "llama31_8b_7x4090", *words, "--quantization_bit", "4")
-    assert code == 0 and "12.68 GiB" in output and "quantization_bit" not in output
+    assert code == 0 and "12.57 GiB" in output and "quantization_bit" not in output

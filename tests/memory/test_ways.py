@@ -13,7 +13,6 @@ from minilora.memory.peak import GIB, peak_memory
 from minilora.memory.ways import (
     Way,
     advice,
-    keep_most_blocks,
     longest_document,
     nearest_that_fit,
     recommended,
@@ -133,36 +132,6 @@ def test_advice_takes_the_mildest_value_that_saves_a_tenth(moment: str, limit: f
             for n in (1, 2)
         )
         assert taken <= goal < milder or (taken > goal and int(value) == least)
-
-
-def test_blocks_save_their_activations_while_they_fit() -> None:
-    """One token has 160 KB of activations in a block, so a step of 32,768 tokens 5.2 GB."""
-    for gib, expected in ((4, 0), (16, 0), (24, 1), (48, 6), (200, 32)):
-        limit = gib * 2**30
-        chosen = keep_most_blocks(article(), limit)
-        assert (chosen.keep_blocks, chosen.gather_tokens) == (expected, None)
-        assert peak_memory(chosen).total <= 0.85 * limit or expected == 0
-        more = replace(chosen, keep_blocks=min(expected + 1, 32))
-        assert peak_memory(more).total > 0.85 * limit or expected == 32
-    assert keep_most_blocks(article(rank=8, step_tokens=2048), 24 * 2**30).keep_blocks == 32
-
-
-def test_half_of_a_machines_memory_is_left_to_others() -> None:
-    limit, host = 48 * 2**30, article(on_gpu=False)
-    keep = keep_most_blocks(host, limit).keep_blocks
-    assert keep
-    fits = [peak_memory(replace(host, keep_blocks=n)).total <= limit / 2 for n in (keep, keep + 1)]
-    assert fits == [True, False]
-
-
-def test_where_nothing_is_gathered_the_step_is_cut_so_that_more_blocks_save() -> None:
-    limit, alone = 80 * 2**30, article(ranks=1)
-    chosen = keep_most_blocks(alone, limit)
-    assert (chosen.keep_blocks, chosen.gather_tokens) == (32, 2048)
-    assert peak_memory(replace(alone, keep_blocks=13)).total > limit
-    assert keep_most_blocks(article(zero=FILES["zero2"]), limit).gather_tokens == 2048
-    given = keep_most_blocks(replace(alone, gather_tokens=32768), limit)
-    assert given.gather_tokens == 32768 and 0 < given.keep_blocks < 13
 
 
 def test_the_longest_document_is_the_longest() -> None:

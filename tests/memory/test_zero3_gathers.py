@@ -17,6 +17,11 @@ def test_the_section_of_a_file_is_read() -> None:
     assert FILES["zero3"].stage == 3 and FILES["zero3_offload"].offload_param
     assert not Zero.of({"zero_optimization": {"offload_param": {"device": "none"}}}).offload_param
     assert Zero.of({}) == Zero()
+    assert not FILES["zero3"].overlap_comm and FILES["zero2"].overlap_comm
+    for said, stage, overlaps in ((None, 3, True), (None, 2, False), (False, 3, False)):
+        section = {"stage": stage, "overlap_comm": said}
+        assert Zero.of({"zero_optimization": section}).overlap_comm is overlaps
+    assert Zero.of({"zero_optimization": {"stage": 3}}).overlap_comm
 
 
 @pytest.mark.parametrize("file", ["zero3", "zero3_offload"])
