@@ -16,6 +16,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from minilora.files.tensor_parts import TensorPart
 from minilora.model.lora import lora_parameters
+from minilora.processes.machines import Machine
 from minilora.processes.world import World
 from minilora.training.engine import Engine
 
@@ -29,6 +30,8 @@ class Pretended(World):
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE=str(size))
         dist.init_process_group("fake", rank=0, world_size=size, store=FakeStore())
         self.rank, self.size, self.sharing = 0, size, size
+        self.machine = Machine("this machine", tuple(range(size)))
+        self.machines = [self.machine]
         self.device = torch.device(device, 0) if device == "cuda" else torch.device("cpu")
 
     def gather_objects(self, mine: object) -> list[Any]:
