@@ -54,7 +54,8 @@ class Watch:
         mine = next(number for number, one in enumerate(machines) if rank in one.ranks)
         self._rank = rank
         self._pids = {other: processes[other].pid for other in machines[mine].ranks}
-        self._place = f"{machines[mine].name}: " if len(machines) > 1 else ""
+        self._name = machines[mine].name
+        self._place = f"{self._name}: " if len(machines) > 1 else ""
         self._patience = train.ddp_timeout
         self._silence_allowed = SILENT_SECONDS
         self._output = Path(train.output_dir or "")
@@ -98,9 +99,11 @@ class Watch:
 
     def last_snapshot(self) -> str:
         """A sentence on the snapshot that the run can be resumed from."""
-        if self._board is None or not self.saved:
+        if self._board is None:
             return last_snapshot(self._output)
-        return self.saved
+        if 0 in self._pids:
+            return last_snapshot(self._output, f" on {self._name}")
+        return self.saved or "if there is a snapshot to resume from, it is on rank 0's machine"
 
     def leave_word(self, word: str) -> None:
         """Tell the other machines why this rank ends. Rank 0 says it here too, so nobody else does.
@@ -110,8 +113,7 @@ class Watch:
         if self._board is None or self.over.is_set():
             return
         self._is_leaving = True
-        named = word.startswith(self._place.rstrip(": "))
-        self._board.leave(word if named else f"{self._place}{word}")
+        self._board.leave(word if word.startswith(self._name) else f"{self._name}: {word}")
         if self._rank == 0:
             self._board.take_floor()
             # Under DeepSpeed's launcher the board ends with rank 0, so all must have read it.
