@@ -123,14 +123,12 @@ class Run:
         """Where a process runs, and on which size."""
         return "--device", self.own.device, "--size", size or self.own.size
 
-    def memory(
-        self, part: str, found: Sequence[memory.Case], at_once: int = 1, size: str | None = None
-    ) -> None:
+    def memory(self, part: str, found: Sequence[memory.Case], at_once: int = 1) -> None:
         """A process for each case. Alone, what it uses of the device is what the device has in use.
 
         at_once: so many share a GPU, each under the cap of a 24 GB card, and share its time.
         """
-        words = ["benchmarks.memory", *self.device(size), "--only", "0", "--cases"]
+        words = ["benchmarks.memory", *self.device(), "--only", "0", "--cases"]
         changes = [json.dumps([dataclasses.asdict(case)]) for case in found]
         with ThreadPoolExecutor(at_once if self.own.device == "cuda" else 1) as pool:
             list(pool.map(partial(self.child, part, *words), changes))
@@ -250,9 +248,9 @@ def play(run: Run, parts: Sequence[str]) -> None:
         run.speed(chosen[FIRST_VARIANTS if "first" in parts else 0 : len(ORDER)])
     if "four-bits" in parts:
         # The rows of the tiny model cannot be cut into blocks of 64 weights.
-        size = "mid" if own.size == "tiny" else own.size
-        run.child("four-bits", "benchmarks.unpacking", *run.device(size))
-        run.memory("four-bits", memory.packed(size, on_gpu)[: own.cases], size=size)
+        tiny = own.size == "tiny"
+        run.child("four-bits", "benchmarks.unpacking", *run.device("mid" if tiny else own.size))
+        run.memory("four-bits", [] if tiny else memory.packed(own.size, on_gpu)[: own.cases])
         run.speed([pair for pair in wanted if pair[1].bits])
     if "leaves" in parts and on_gpu:  # on a CPU it would need a compiler
         run.child("leaves", "benchmarks.leaves", *run.device())
