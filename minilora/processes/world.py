@@ -27,7 +27,7 @@ from minilora.settings.settings import TrainSettings
 # The time in which the ranks must manage to add up a megabyte. A sound link needs milliseconds.
 LINK_SECONDS = 30
 
-# The time in which machines that have met must connect. A sound network needs less than a second.
+# The time in which processes that have met must connect. A sound network needs less than a second.
 CONNECT_SECONDS = 60
 NCCL = "NCCL_SOCKET_IFNAME"
 
@@ -187,13 +187,13 @@ class World:
         return [numbers.tolist() for numbers in rows]
 
     def _no_connection(self, reason: str) -> str:
-        """What is said where the machines have met, and gloo cannot connect them."""
+        """What is said where the processes have met, and gloo cannot connect them."""
         chosen = os.environ.get(GLOO)
         used = f"{GLOO}={chosen}" if chosen else f"the address of {socket.gethostname()}"
         there = ", ".join(f"{name} {' '.join(found[:1])}" for name, found in interfaces().items())
         return (
-            f"{self.machine.name} cannot connect to the other machines by {used}{reason}; set "
-            f"{GLOO} and {NCCL} to the network interface that the machines share; here are {there}"
+            f"{self.machine.name} cannot connect to the other processes by {used}{reason}; set "
+            f"{GLOO} and {NCCL} to the network interface that all share; here are {there}"
         )
 
     def close(self) -> None:
