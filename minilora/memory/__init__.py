@@ -2,5 +2,6 @@
 
 In the order of reading: job (what memory depends on), zero3_gathers (which weights are there when),
 terms, block, gradients and alive (which tensors are there when), peak (the moment with the most),
-ways (other settings, and which to name), in_a_run and measured (what a run says of it).
+ways (other settings, and which to name), spare (what a run decides by itself), in_a_run and
+measured (what a run says of it).
 """
