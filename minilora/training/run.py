@@ -272,7 +272,6 @@ def facts(
         yield "the weights of the blocks' linear layers are held in 4 bits (NF4)"
     keeping = decided.keep_blocks
     others = ", the others recompute them" if keeping < layers else ""
-    yield (
-        f"{keeping} of {layers} blocks keep their activations{others}; a block computes up to "
-        f"{decided.tile_tokens:,} tokens at a time"
-    )
+    yield f"{keeping} of {layers} blocks keep their activations{others}"
+    gather_tokens = decided.gather_tokens or "the whole step"
+    yield f"tile_tokens: {decided.tile_tokens}; gather_tokens: {gather_tokens}"
