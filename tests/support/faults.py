@@ -28,7 +28,6 @@ from typing import Any
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 import torch
-import torch._dynamo  # as AdamW does when it is made: once, and not in each rank
 
 from minilora import train
 from minilora.files import snapshot
