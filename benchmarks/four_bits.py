@@ -13,7 +13,7 @@ import argparse
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -82,13 +82,17 @@ def compare(hidden: int, tokens: int, turns: int, dtype: torch.dtype) -> Iterato
         yield f"| {name} | {tile} | {usual:.3f} | {four_bits:.3f} | {ratio:.3f} |"
 
 
-def main() -> None:
+def read(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser("python -m benchmarks.four_bits")
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--out", type=Path, help="folder for four-bits-cpu.md")
-    args = parser.parse_args()
+    return parser.parse_args(argv)
+
+
+def main() -> None:
+    args = read(None)
     settle("cpu")
 
     facts = ", ".join(f"{key} {value}" for key, value in versions().items())

@@ -136,6 +136,7 @@ def parse_module(module: str, words: list[str]) -> None:
             | "benchmarks.start"
             | "benchmarks.overlap"
             | "benchmarks.leaves"
+            | "benchmarks.four_bits"
         ):
             importlib.import_module(module).read(words)
         case _:
