@@ -16,7 +16,7 @@ from minilora.processes.machines import Machine, Store
 BEAT_SECONDS = 0.5
 # A machine that was silent for so long counts as lost. Python may be silent for some seconds while
 # it reads a JSON file of several GB.
-SILENT_SECONDS = 15
+SILENT_SECONDS = 12
 # So long is enough where a collective has failed already.
 SUSPICIOUS_SECONDS = 4
 # How long a last word lies on the board before it ends those who read it: processes that all fail

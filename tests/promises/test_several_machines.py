@@ -24,7 +24,7 @@ from tests.support.fault_cases import Results, fault, run_cases
 from tests.support.machines import jobs_case, launch_two, machine_case, sound_jobs
 from tests.support.runs import Ground, adapter, stage_file
 
-# A machine that says nothing is lost after 15 s. Then all processes end, within these seconds.
+# A machine that says nothing is lost after 12 s. Then all processes end, within these seconds.
 SECONDS = 30
 # Ends of the names of machines, which all have that of this computer.
 ZERO, ONE = r"\S+ \(machine 0\)", r"\S+ \(machine 1\)"
@@ -83,8 +83,8 @@ def sound(ground: Ground) -> Results:
 HEARD = "nothing was heard of"
 ON_0 = f"the last snapshot is .*/checkpoint-2 on {ZERO}: --resume"
 ENDS: dict[str, tuple[list[int], dict[int, str]]] = {
-    "machine stopped": ([1, -9], {0: rf"{HEARD} {ONE} \(rank 1\) for 1[5-7] s: .*; {ON_0}"}),
-    "first stopped": ([-9, 1], {1: rf"{HEARD} {ZERO} \(rank 0\) for 1[5-7] s: .*; {ON_0}"}),
+    "machine stopped": ([1, -9], {0: rf"{HEARD} {ONE} \(rank 1\) for 1[2-4] s: .*; {ON_0}"}),
+    "first stopped": ([-9, 1], {1: rf"{HEARD} {ZERO} \(rank 0\) for 1[2-4] s: .*; {ON_0}"}),
     "neighbour killed": ([1, 1, -9], {0: rf"{ONE}: rank 2 \(process #\) has ended; {ON_0}"}),
     "machine killed": ([1, -9], {0: rf"{HEARD} {ONE} \(rank 1\) for [45] s: .*; {ON_0}"}),
     "rank 0 killed": (

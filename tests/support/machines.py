@@ -15,6 +15,7 @@ from tests.support.fault_cases import case
 from tests.support.processes import HANGING_SECONDS
 from tests.support.runs import Ground, stage_file
 
+ROOT = Path(__file__).resolve().parent.parent.parent
 Runs = dict[str, dict[str, Any]]
 TWO = [[0], [1]]
 
@@ -81,7 +82,10 @@ def machine_case(ground: Ground, name: str, *faults: dict[str, Any], **changes: 
 def launch_two(
     launcher: str, counts: list[int], job: dict[str, Any], folder: Path
 ) -> list[tuple[int, str]]:
-    """Start a launcher for each of two machines; returns exit code and output of each."""
+    """Start a launcher for each of two machines; returns exit code and output of each.
+
+    The folder for temporary files has the same name on both, and is another one on each.
+    """
     port = free_port()
     hosts = folder / "hosts"
     hosts.write_text("".join(f"m{n} slots={count}\n" for n, count in enumerate(counts)))
@@ -97,12 +101,12 @@ def launch_two(
             command = ["deepspeed.launcher.runner", f"--hostfile={hosts}", "--no_ssh",
                        f"--node_rank={number}", "--master_addr=127.0.0.1",
                        f"--master_port={port}", "--module", "minilora.train"]  # fmt: skip
-        temporary = folder / f"{launcher}-{number}"
-        temporary.mkdir()
+        place = folder / f"{launcher}-{number}"
+        (place / "tmp").mkdir(parents=True)
         process = subprocess.Popen(
             [sys.executable, "-m", *command, *words], text=True, start_new_session=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            env={**os.environ, "TMPDIR": str(temporary)},
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=place,
+            env={**os.environ, "TMPDIR": "/proc/self/cwd/tmp", "PYTHONPATH": str(ROOT)},
         )  # fmt: skip
         started.append(process)
     try:
