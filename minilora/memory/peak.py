@@ -25,7 +25,7 @@ CONTEXT = int(0.55 * GIB)  # CUDA's context with torch's kernels, and the worksp
 NCCL = int(0.35 * GIB)  # the buffers of its channels, where there is more than one GPU
 # What torch's allocator holds unused between tensors, with expandable segments, which
 # measured.expand_segments asks for. Counted without a GPU: torch's CUDA allocator was run over
-# address space, with kernels that did nothing (torch 2.11, DeepSpeed 0.19.8, 22 jobs).
+# address space, with kernels that did nothing (torch 2.11, DeepSpeed 0.19.8, 20 jobs).
 SLACK = 0.02  # of the tensors at the peak
 HOLES = 1.5  # and where ZeRO-3 gathers, at least so many blocks, in holes that blocks leave
 # Host memory of one process, assumed: Python, torch and CUDA's libraries.
