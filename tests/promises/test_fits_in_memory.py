@@ -226,7 +226,7 @@ def test_the_document_of_the_levers_says_what_the_plan_says(
     """docs/memory.md: rows that start with a setting, parts and totals, longest documents."""
     monkeypatch.chdir(ROOT)
     text = text_of(ROOT / "docs" / "memory.md")
-    (command,) = [line for line in fenced_commands(text) if "minilora.plan" in line]
+    (command, _) = [line for line in fenced_commands(text) if "minilora.plan" in line]
 
     def says(*changes: str) -> str:
         return plan(*shlex.split(command)[3:], *changes)[1]
