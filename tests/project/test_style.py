@@ -37,7 +37,7 @@ HEART = """
 training/loop training/job training/engine training/learning_rate
 model/attention model/dropout model/linear model/llama model/llama_shape model/lora model/loss
 model/matrix model/nf4 model/recompute model/rope model/swiglu
-model/tiles
+model/tiles model/working_copies
 data/documents data/schedule data/steps
 files/tensor_parts files/weights
 """.split()
