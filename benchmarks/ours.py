@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.meters import held
+from benchmarks.meters import Pretended, held
 from benchmarks.turns import Turns
 from benchmarks.workloads import LLAMA_FACTORY, SIZES, Size, rows, weight
 from minilora.data.documents import Documents
@@ -71,7 +71,10 @@ def run(turns: Turns) -> None:
     variant, size = turns.order.variant, SIZES[turns.order.size]
     settings = _settings(turns, size)
     engine_module.read_parts = fill  # type: ignore[assignment]
-    world = World(settings.train)
+    if variant.simulated:  # there is nobody to meet
+        world: World = Pretended(variant.simulated, turns.order.device)
+    else:
+        world = World(settings.train)
     world.open_device(settings.train)
     turns.mark("processes")
     plan, options = _plan(turns, size, settings), settings.train
