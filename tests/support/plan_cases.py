@@ -50,11 +50,13 @@ CASES: dict[int, list[dict[str, Any]]] = {
         {"deepspeed": "zero2", "gather_tokens": 512, "lora_rank": 32, **PACKED},
         {"deepspeed": "zero3", "gather_tokens": 512, "use_dora": True, **PACKED},
     ],
-    6: [
+    3: [
         {"deepspeed": "zero3", "packing": True, "gather_tokens": 512},
         {"deepspeed": "zero2", "packing": True},
         {"deepspeed": "zero3", "tile_tokens": 512, "gather_tokens": 512, "tied": True},
         {"deepspeed": "zero2", "gather_tokens": 512, "tied": True, **PACKED},
+    ],
+    6: [
         {"deepspeed": "zero3_nodes", "machine_ranks": 2, "gather_tokens": 512},
         {"deepspeed": "zero3_nodes", "machine_ranks": 3, **PACKED},
     ],
