@@ -115,6 +115,7 @@ def test_the_70b_example_fits_seven_cards_of_24_gb() -> None:
     assert asked.file == "zero3" and round(asked.peak.total / GIB, 2) == 22.27 < 23.64
 
 
+@pytest.mark.slow
 def test_70b_on_six_cards_of_16_gb_is_told_what_fits(capsys: pytest.CaptureFixture[str]) -> None:
     code, output = says(capsys, "llama31_70b_7x4090", "--num_gpus", "6", "--gpu_memory", "16")
     assert code == 1 and "nearest settings that fit:" in output

@@ -153,6 +153,7 @@ def plan(capsys: pytest.CaptureFixture[str], *words: str) -> str:
     return capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_command_says_it_for_each_machine(capsys: pytest.CaptureFixture[str]) -> None:
     output = plan(capsys)
     assert output.startswith("2 x 7 x 24 GB, of which 23.64 GiB")

@@ -97,6 +97,7 @@ def gpu_run(tmp_path: Path, minutes: float = 5) -> gpu.Run:
     return gpu.Run(gpu.read([*words, "--out", str(tmp_path / "rows.jsonl")]))
 
 
+@pytest.mark.slow
 def test_a_process_that_outlasts_its_time_keeps_its_rows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -151,6 +151,7 @@ def without_zero() -> float:
     return (tensors * (1 + SLACK) + CONTEXT + NCCL) / GIB
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", READMES, ids=lambda path: path.name)
 def test_the_predicted_memory_is_what_the_plan_says(
     path: Path, capsys: pytest.CaptureFixture[str]
