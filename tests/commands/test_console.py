@@ -53,7 +53,6 @@ def test_words_that_run_nothing(
     assert said in (printed.err if code else printed.out)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "code", "said"),
     [
@@ -124,7 +123,6 @@ def test_numbers_that_cannot_be_started(asked: int, gpus: int, visible: str, pro
         launcher([], asked, gpus, {VISIBLE: visible})
 
 
-@pytest.mark.slow
 def test_the_exit_code_of_the_run_is_that_of_the_command(tmp_path: Path, launch: Launch) -> None:
     """Two ranks refuse it: the settings are sound, and there is no such model."""
     (tmp_path / "run.yaml").write_text(

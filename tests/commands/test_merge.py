@@ -239,7 +239,6 @@ def test_folders_and_weights_that_do_not_fit_are_refused(
     assert not (tmp_path / "new").exists()
 
 
-@pytest.mark.slow
 def test_memory_stays_under_two_of_the_largest_tensors(tiny: Path, tmp_path: Path) -> None:
     large = tmp_path / "large"
     size = 2**26  # bytes of the largest tensor

@@ -178,7 +178,6 @@ def test_tiles_are_those_of_a_rank_with_even_work(
     assert f"a tile has {long:,} tokens on average" in output
 
 
-@pytest.mark.slow
 def test_the_steps_are_those_of_the_training(
     given: dict[str, Any], capsys: pytest.CaptureFixture[str], launch: Any, tmp_path: Path
 ) -> None:
@@ -192,7 +191,6 @@ def test_the_steps_are_those_of_the_training(
     assert json.loads(last)["current_steps"] == int(steps)
 
 
-@pytest.mark.slow
 def test_colour_for_terminals_and_no_traceback_for_head(given: dict[str, Any]) -> None:
     words = [f"--{key}={value}" for key, value in given.items()]
     command = [sys.executable, "-m", "minilora.preview", *words, "--samples", "40"]

@@ -31,8 +31,6 @@ from minilora.training.engine import MOMENTS
 from tests.support.fault_cases import Results, case, fault, run_cases
 from tests.support.runs import Ground, stage_file
 
-pytestmark = pytest.mark.slow  # nearly all of it starts processes
-
 # ddp_timeout of the cases that wait for it: longer than ranks of a busy machine keep each other
 # waiting.
 PATIENCE = 20

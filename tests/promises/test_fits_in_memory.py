@@ -46,7 +46,6 @@ def counted(launch: Callable[..., tuple[int, str]]) -> dict[int, list[Row]]:
         return dict(zip(CASES, rows, strict=True))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("ranks", "index"), [(ranks, index) for ranks in CASES for index in range(len(CASES[ranks]))]
 )
@@ -67,7 +66,6 @@ def test_the_plan_counts_what_the_allocator_counts(
         assert predicted["gathered"] == measured["gathered"], row
 
 
-@pytest.mark.slow
 def test_the_cases_differ_in_what_fills_them(counted: dict[int, list[Row]]) -> None:
     """Otherwise a term that is never the largest would be tested nowhere."""
     rows = [row["measured"] for rows in counted.values() for row in rows]
@@ -77,7 +75,6 @@ def test_the_cases_differ_in_what_fills_them(counted: dict[int, list[Row]]) -> N
     assert max(runs) > 4 * min(runs)
 
 
-@pytest.mark.slow
 def test_real_ranks_hold_what_the_made_up_one_holds(
     counted: dict[int, list[Row]], launch: Callable[..., tuple[int, str]]
 ) -> None:
@@ -161,7 +158,6 @@ def test_nothing_fits_on_too_small_a_card(plan: Plan) -> None:
     assert "nothing fits" in output
 
 
-@pytest.mark.slow
 def test_no_torch_no_gpu_no_weights() -> None:
     """So that it takes a second, where importing torch alone takes several."""
     check = "import sys; from minilora.plan import main; main(sys.argv[1:]); "

@@ -9,8 +9,6 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-import pytest
-
 from tests.support.runs import Ground, stage_file
 
 # An audit hook sees every open() of Python; the library that reads weights is no concern here.
@@ -26,7 +24,6 @@ train.leave(code)
 """
 
 
-@pytest.mark.slow
 def test_a_run_opens_each_small_file_once(ground: Ground, tmp_path: Path) -> None:
     """With two snapshots on the way, each of which holds copies of the tokenizer's files."""
     ds_file = stage_file(ground.folder, 3)

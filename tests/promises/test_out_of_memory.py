@@ -9,8 +9,6 @@ import pytest
 from tests.support.fault_cases import Results, case, fault, run_cases
 from tests.support.runs import Ground
 
-pytestmark = pytest.mark.slow  # real processes
-
 # Moments of the memory plan -> before what tests/support/faults.py puts the fault.
 FAULT_BEFORE = {
     "gather": "gather",

@@ -19,8 +19,6 @@ from minilora.files.snapshot import DRAFT, STATE, TENSORS
 from tests.support.processes import HANGING_SECONDS
 from tests.support.runs import Ground, adapter, log, run_jobs, stage_file
 
-pytestmark = pytest.mark.slow  # nearly all of it starts processes
-
 STEPS = 12
 ROWS = 12  # of 75, so that an epoch ends after the 7th step
 Jobs = dict[Any, dict[str, Any]]

@@ -21,8 +21,6 @@ from minilora.merge import main as merge
 from minilora.report.run_log import RESULTS
 from tests.support.runs import Ground, adapter, base_weights, log, run_jobs, stage_file
 
-pytestmark = pytest.mark.slow
-
 CHANGED = "model.layers.1.mlp.up_proj.weight"
 Jobs = dict[str, dict[str, Any]]
 

@@ -122,7 +122,6 @@ def said(result: dict[str, Any]) -> dict[int, list[str]]:
     return {rank: found for rank, found in lines.items() if found}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ENDS)
 def test_a_lost_machine_ends_the_run_and_is_named(name: str, ended: Results) -> None:
     codes, words = ENDS[name]
@@ -160,7 +159,6 @@ REFUSED = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", REFUSED)
 def test_machines_that_differ_are_refused_by_name(name: str, ended: Results) -> None:
     result = ended[name]
@@ -178,7 +176,6 @@ def figures(job: dict[str, Any], key: str) -> list[float]:
     return [line[key] for line in lines if key in line]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["ZeRO-3", "ZeRO-2", "ZeRO-0, DoRA", "ZeRO-3, DoRA, 4 bits", "resumed"]
 )
@@ -199,7 +196,6 @@ def test_two_machines_give_the_bits_of_one(name: str, ground: Ground, sound: Res
     assert not (ground.folder / "parted-1").exists()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("launcher", "counts"), [("torchrun", [1, 1]), ("deepspeed", [1, 2])])
 def test_both_launchers_start_several_machines(
     launcher: str, counts: list[int], ground: Ground, tmp_path: Path

@@ -20,8 +20,6 @@ from minilora.files.snapshot import PREFIX, read_state
 from tests.support.processes import HANGING_SECONDS, command_line
 from tests.support.runs import Ground, log, stage_file
 
-pytestmark = pytest.mark.slow
-
 
 def parents() -> dict[int, int]:
     """Every process that runs, and its parent."""

@@ -17,7 +17,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import minilora.training.run  # noqa: F401 (torch and DeepSpeed, once and not in each attempt)
 from minilora import train
 from tests.support.forked import prepare_to_fork
 
