@@ -11,7 +11,6 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import signal
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -21,7 +20,15 @@ import torch
 
 from minilora.tiny.checkpoint import TinyShape, write_tiny
 from tests.support.collected import COLLECTED
-from tests.support.processes import HANGING_SECONDS, PACKABLE, SMALL, Launch, command_line
+from tests.support.forked import Places, run_forked
+from tests.support.processes import (
+    HANGING_SECONDS,
+    PACKABLE,
+    SMALL,
+    Launch,
+    command_line,
+    run_command,
+)
 from tests.support.runs import Ground, make_ground
 
 
@@ -67,7 +74,7 @@ def packable(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def launch() -> Launch:
+def launch(tmp_path_factory: pytest.TempPathFactory) -> Launch:
     """Run real processes: launch(world_size, arguments, with_=..., timeout=..., env=...)."""
 
     def run(
@@ -75,32 +82,31 @@ def launch() -> Launch:
         arguments: Sequence[str | Path],
         *,
         with_: str = "torchrun",
+        machines: int = 1,
         timeout: float = HANGING_SECONDS,
         env: dict[str, str] | None = None,
     ) -> tuple[int, str]:
         """Start `arguments` (a script and its arguments, or -m and a module) on world_size ranks.
 
         with_: torchrun, deepspeed (its launcher), minilora (`minilora train`, so DeepSpeed's too),
-        python (one process without a launcher) or forked (ranks that share their imports).
-        Returns the exit code and stdout with stderr. What is still running after `timeout` seconds
-        hangs, and fails the test; no run that is all right comes near them.
+        python (one process without a launcher); or what shares the imports of torch and DeepSpeed:
+        forked (ranks, of `machines` machines with world_size each) and alone (one process without
+        a launcher). Returns the exit code and stdout with stderr. What is still running after
+        `timeout` seconds hangs, and fails the test; no run that is all right comes near them.
         """
-        command = command_line(with_, world_size, [str(part) for part in arguments])
-        process = subprocess.Popen(
-            command,
-            env={**os.environ, **(env or {})},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
-        try:
-            output, _ = process.communicate(timeout=timeout)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            output, _ = process.communicate()
-            pytest.fail(f"still running after {timeout} s: {' '.join(command)}\n{output}")
-        return process.returncode, output
+        words = [str(part) for part in arguments]
+        environment = {**os.environ, **(env or {})}
+        output = tmp_path_factory.mktemp("output") / "output"
+        if with_ in ("forked", "alone"):
+            places = None if with_ == "alone" else Places(world_size, machines)
+            code = run_forked(words, places, environment, output, timeout)
+        else:
+            command = command_line(with_, world_size, words)
+            code = run_command(command, environment, output, timeout)
+        text = output.read_text(encoding="utf-8")
+        if code is None:
+            pytest.fail(f"still running after {timeout} s: {' '.join(words)}\n{text}")
+        return code, text
 
     return run
 

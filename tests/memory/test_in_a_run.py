@@ -121,9 +121,9 @@ def test_a_run_that_does_not_fit_is_refused_before_weights_are_read(
     job["model_name_or_path"] = str(huge_checkpoint(tmp_path / "huge", tiny))
     job["output_dir"] = str(tmp_path / "out")
     words = ["-m", "minilora.train", *(f"--{key}={value}" for key, value in job.items())]
-    code, output = launch(1, words, with_="python")
+    code, output = launch(1, words, with_="alone")
     assert code == 2 and "memory_snapshot: torch notes a GPU's memory" in output
-    code, output = launch(1, [*words, "--memory_snapshot=false"], with_="python")
+    code, output = launch(1, [*words, "--memory_snapshot=false"], with_="alone")
     assert code == 2
     assert "error: strict_plan: the plan needs " in output and "nearest settings" in output
 

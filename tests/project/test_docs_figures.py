@@ -7,8 +7,6 @@ import io
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -33,6 +31,7 @@ from tests.support.commands import (
     text_of,
 )
 from tests.support.prepared import prepared_of
+from tests.support.processes import Launch
 from tests.support.runs import make_ground
 
 DEMO = Path("examples/demo/demo.yaml")
@@ -180,7 +179,10 @@ def test_the_predicted_memory_is_what_the_plan_says(
 
 @pytest.mark.slow
 def test_the_demo_commands_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    launch: Launch,
 ) -> None:
     """All that a newcomer types, after a tiny checkpoint and an adapter; and the demo's facts."""
     monkeypatch.chdir(tmp_path)
@@ -200,8 +202,8 @@ def test_the_demo_commands_run(
             continue
         ran.append(words[2])
         if words[2] == "minilora.train":
-            done = subprocess.run([sys.executable, *words[1:]], capture_output=True, text=True)
-            assert done.returncode == 0 and "best: step " in done.stderr, done.stderr
+            code, output = launch(1, words[1:], with_="alone")
+            assert code == 0 and "best: step " in output, output
             log = tmp_path / "outputs" / "best" / "trainer_log.jsonl"
             shutil.copy(log, tmp_path / "outputs" / "demo")  # its run was not done here
         else:

@@ -125,7 +125,7 @@ def test_the_demo_learns_its_answers(tmp_path: Path, launch: Launch) -> None:
     def answers(*more: str) -> list[str]:
         """All of them from one process, as a file of prompts is answered."""
         written = tmp_path / f"answers{more[0]}.jsonl"
-        code, output = launch(1, [*ask, "--output", written, *more], with_="python")
+        code, output = launch(1, [*ask, "--output", written, *more], with_="alone")
         assert code == 0, output
         lines = written.read_text("utf-8").splitlines()
         return [json.loads(line)["predict"].strip() for line in lines]

@@ -29,6 +29,7 @@ from minilora.model.lora_shape import LoraShape
 from minilora.report.run_log import RESULTS
 from minilora.training.engine import MOMENTS
 from tests.support.fault_cases import Results, case, fault, run_cases
+from tests.support.processes import Launch
 from tests.support.runs import Ground, stage_file
 
 # ddp_timeout of the cases that wait for it: longer than ranks of a busy machine keep each other
@@ -123,8 +124,8 @@ def cases(ground: Ground, tmpfs: Callable[[str], Path | None]) -> list[dict[str,
 
 
 @pytest.fixture(scope="session")
-def results(ground: Ground, tmpfs: Callable[[str], Path | None]) -> Results:
-    return run_cases(cases(ground, tmpfs), ground.folder / "faults.json")
+def results(ground: Ground, tmpfs: Callable[[str], Path | None], launch: Launch) -> Results:
+    return run_cases(launch, cases(ground, tmpfs), ground.folder / "faults.json")
 
 
 # Case -> exit code of each rank, words of the one message, and the snapshot that must be whole.

@@ -30,7 +30,7 @@ def count(
     """Run the real engine for two steps per case; JSON lines as rows."""
     words = ["-m", "benchmarks.memory", "--device", "cpu", "--size", "mid", "--ranks", str(ranks)]
     words += ["--cases", json.dumps([{**BASE, **case} for case in cases])]
-    with_ = "forked" if real else "python"
+    with_ = "forked" if real else "alone"
     code, output = launch(ranks if real else 1, words, with_=with_)
     assert code == 0, output
     rows = [json.loads(line) for line in output.splitlines() if line.startswith("{")]

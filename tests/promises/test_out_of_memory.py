@@ -7,6 +7,7 @@ import re
 import pytest
 
 from tests.support.fault_cases import Results, case, fault, run_cases
+from tests.support.processes import Launch
 from tests.support.runs import Ground
 
 # Moments of the memory plan -> before what tests/support/faults.py puts the fault.
@@ -21,14 +22,14 @@ FAULT_BEFORE = {
 
 
 @pytest.fixture(scope="module")
-def results(ground: Ground) -> Results:
+def results(ground: Ground, launch: Launch) -> Results:
     """An allocation of rank 1 fails; in the loss, of both ranks."""
     small = {"tile_tokens": 100, "loss_tokens": 200, "gradient_accumulation_steps": 3}
     listed = []
     for moment, place in FAULT_BEFORE.items():
         ranks = (0, 1) if moment == "loss" else (1,)
         listed.append(case(ground, f"no memory {moment}", fault(place, "allocate", ranks), **small))
-    return run_cases(listed, ground.folder / "out-of-memory.json")
+    return run_cases(launch, listed, ground.folder / "out-of-memory.json")
 
 
 @pytest.mark.parametrize("moment", FAULT_BEFORE)

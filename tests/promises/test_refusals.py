@@ -285,7 +285,7 @@ def test_real_processes_refuse_with_2(
 ) -> None:
     change, words = CASES[name]
     change(request_)
-    code, output = launch(1, ["-m", "minilora.train", *request_.words], with_="python")
+    code, output = launch(1, ["-m", "minilora.train", *request_.words], with_="alone")
     assert code == 2 and "Traceback" not in output, output
     assert all(word in output for word in words)
     assert [line for line in output.splitlines() if line.startswith("error: ")]

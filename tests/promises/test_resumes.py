@@ -6,9 +6,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +13,7 @@ import pytest
 import torch
 
 from minilora.files.snapshot import DRAFT, STATE, TENSORS
-from tests.support.processes import HANGING_SECONDS
+from tests.support.processes import Launch
 from tests.support.runs import Ground, adapter, log, run_jobs, stage_file
 
 STEPS = 12
@@ -31,7 +28,7 @@ def job(ground: Ground, name: str, stage: int, **changes: Any) -> dict[str, Any]
 
 
 @pytest.fixture(scope="session")
-def resumed(ground: Ground, launch: Callable[..., tuple[int, str]]) -> Jobs:
+def resumed(ground: Ground, launch: Launch) -> Jobs:
     """A run of 12 steps with a snapshot at each, and one that goes on from each of them."""
     jobs: Jobs = {}
     common = {"lora_dropout": 0.3, "per_device_train_batch_size": ROWS // 2}
@@ -108,7 +105,7 @@ def test_snapshots_are_adapters_and_small(resumed: Jobs) -> None:
 
 
 @pytest.fixture(scope="session")
-def travelled(ground: Ground, launch: Callable[..., tuple[int, str]], resumed: Jobs) -> Jobs:
+def travelled(ground: Ground, launch: Launch, resumed: Jobs) -> Jobs:
     """12 steps on 1 rank without ZeRO, and the same over 3, 2, 1 and again 3 ranks.
 
     Over weights in 4 bits: from a snapshot of 2 ranks with ZeRO-3 on 1 rank without.
@@ -149,9 +146,11 @@ def test_a_run_over_four_bits_moves_from_two_ranks_to_one(resumed: Jobs, travell
         torch.testing.assert_close(adapter(one)[name], tensor, rtol=1e-4, atol=1e-6)
 
 
-def test_kill_9_of_a_run_over_four_bits_loses_nothing(ground: Ground, travelled: Jobs) -> None:
+def test_kill_9_of_a_run_over_four_bits_loses_nothing(
+    ground: Ground, travelled: Jobs, launch: Launch
+) -> None:
     killed = packed_job(ground, "four-bits-killed", 0, resume_from_checkpoint="true")
-    lines = run_and_kill(ground, killed, 2)
+    lines = run_and_kill(launch, ground, killed, 2)
     assert [line["code"] for line in lines] == [-signal.SIGKILL] * 2 + [0]
     whole = travelled["four bits, whole"]
     assert log(killed, "loss") == log(whole, "loss")
@@ -159,17 +158,19 @@ def test_kill_9_of_a_run_over_four_bits_loses_nothing(ground: Ground, travelled:
         assert torch.equal(adapter(killed)[name], tensor), name
 
 
-def run_and_kill(ground: Ground, settings: dict[str, Any], kills: int) -> list[dict[str, Any]]:
+def run_and_kill(
+    launch: Launch, ground: Ground, settings: dict[str, Any], kills: int
+) -> list[dict[str, Any]]:
     """Kill a run so many times, each time at another moment; returns a line for each attempt."""
     listed = ground.folder / f"kills-{Path(settings['output_dir']).name}.json"
     listed.write_text(json.dumps(settings), encoding="utf-8")
-    words = [sys.executable, "-m", "tests.support.kills", str(listed), str(kills), "5"]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=HANGING_SECONDS)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return [json.loads(line) for line in done.stdout.splitlines() if line[0] == "{"]
+    words = ["-m", "tests.support.kills", listed, str(kills), "5"]
+    code, output = launch(1, words, with_="alone")
+    assert code == 0, output
+    return [json.loads(line) for line in output.splitlines() if line.startswith("{")]
 
 
-def test_kill_9_at_any_moment_loses_nothing(ground: Ground) -> None:
+def test_kill_9_at_any_moment_loses_nothing(ground: Ground, launch: Launch) -> None:
     """MINILORA_KILLS says how many; the documentation's figure is from 20."""
     kills = int(os.environ.get("MINILORA_KILLS", "6"))
     steps = 2 * kills
@@ -178,7 +179,7 @@ def test_kill_9_at_any_moment_loses_nothing(ground: Ground) -> None:
     whole = {**settings, "output_dir": str(ground.folder / "not-killed")}
     lines = {}
     for name, run, count in (("whole", whole, 0), ("killed", settings, kills)):
-        lines[name] = run_and_kill(ground, run, count)
+        lines[name] = run_and_kill(launch, ground, run, count)
     assert [line["code"] for line in lines["whole"]] == [0]
     codes = [line["code"] for line in lines["killed"]]
     assert codes == [-signal.SIGKILL] * kills + [0]
@@ -193,15 +194,15 @@ def test_kill_9_at_any_moment_loses_nothing(ground: Ground) -> None:
     assert sorted(lines["killed"][-1]["kept"]) == sorted(last)
 
 
-def refused(launch: Callable[..., tuple[int, str]], settings: dict[str, Any]) -> str:
+def refused(launch: Launch, settings: dict[str, Any]) -> str:
     words = [f"--{key}={value}" for key, value in settings.items()]
-    code, output = launch(1, ["-m", "minilora.train", *words], with_="python")
+    code, output = launch(1, ["-m", "minilora.train", *words], with_="alone")
     assert code == 2 and "Traceback" not in output, output
     return output
 
 
 def test_what_changes_the_maths_is_refused_by_name(
-    resumed: Jobs, ground: Ground, launch: Callable[..., tuple[int, str]]
+    resumed: Jobs, ground: Ground, launch: Launch
 ) -> None:
     """All differences at once: data, adapter, packing, and every setting of the optimizer."""
     (ground.folder / "other.jsonl").write_text(
@@ -232,7 +233,7 @@ def test_what_changes_the_maths_is_refused_by_name(
 
 
 def test_a_draft_or_a_broken_snapshot_is_not_gone_on_from(
-    resumed: Jobs, ground: Ground, launch: Callable[..., tuple[int, str]]
+    resumed: Jobs, ground: Ground, launch: Launch
 ) -> None:
     source = Path(resumed["whole"]["output_dir"])
     broken = ground.folder / "broken"

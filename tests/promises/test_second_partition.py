@@ -71,9 +71,8 @@ def machines(ground: Ground, launch: Callable[..., tuple[int, str]]) -> Jobs:
     whole |= {"save_strategy": "steps", "save_steps": 2}
     listed = ground.folder / "jobs-machines.json"
     listed.write_text(json.dumps([*jobs.values()]), encoding="utf-8")
-    places = f"{MACHINES}x{RANKS}"
-    arguments = ["-m", "tests.support.forked", places, "tests.support.jobs", listed]
-    code, output = launch(1, arguments, with_="python")
+    words = ["-m", "tests.support.jobs", listed]
+    code, output = launch(RANKS, words, with_="forked", machines=MACHINES)
     assert code == 0, output
     return jobs
 

@@ -22,6 +22,7 @@ from minilora.processes.machines import Process, machines_of
 from minilora.report.curves import LOG, read_log
 from tests.support.fault_cases import Results, fault, run_cases
 from tests.support.machines import jobs_case, launch_two, machine_case, sound_jobs
+from tests.support.processes import Launch
 from tests.support.runs import Ground, adapter, stage_file
 
 # A machine that says nothing is lost after 12 s, and then all processes end: 17 s were seen. In so
@@ -68,17 +69,17 @@ def cases(ground: Ground) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="session")
-def ended(ground: Ground) -> Results:
-    return run_cases(cases(ground), ground.folder / "machines.json")
+def ended(ground: Ground, launch: Launch) -> Results:
+    return run_cases(launch, cases(ground), ground.folder / "machines.json")
 
 
 @pytest.fixture(scope="session")
-def sound(ground: Ground) -> Results:
+def sound(ground: Ground, launch: Launch) -> Results:
     listed = [
         jobs_case(ground, "whole", [[0, 1, 2]]),
         jobs_case(ground, "parted", [[0], [1, 2]]),
     ]
-    return run_cases(listed, ground.folder / "sound.json")
+    return run_cases(launch, listed, ground.folder / "sound.json")
 
 
 # Case -> exit code of each rank, and all that is said about the end, by rank.

@@ -60,6 +60,12 @@ ENDS = {
 }
 
 
+def as_in_a_terminal() -> None:
+    """What ignores a signal hands that on to all it starts, as nohup does with SIGHUP."""
+    for number in (signal.SIGHUP, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)
+
+
 @pytest.fixture
 def run(request: pytest.FixtureRequest, ground: Ground) -> Iterator[Launched]:
     """A run without an end."""
@@ -72,7 +78,9 @@ def run(request: pytest.FixtureRequest, ground: Ground) -> Iterator[Launched]:
     output = tempfile.TemporaryFile()
     ranks, writes = (1, subprocess.PIPE) if launcher == "python" else (2, output)
     command = command_line(launcher, ranks, words)
-    process = subprocess.Popen(command, stdout=writes, stderr=subprocess.STDOUT)
+    process = subprocess.Popen(
+        command, stdout=writes, stderr=subprocess.STDOUT, preexec_fn=as_in_a_terminal
+    )
     launched = Launched(job, process, output, target, code, number)
     yield launched
     for member in launched.below():

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+from tests.support.processes import Launch
 from tests.support.runs import Ground, stage_file
 
 Results = dict[str, dict[str, Any]]
@@ -31,12 +30,11 @@ def case(ground: Ground, name: str, *faults: dict[str, Any], **changes: Any) -> 
     return {"name": name, "ranks": 2, "job": job, "faults": faults, **settings}
 
 
-def run_cases(listed: list[dict[str, Any]], path: Path) -> Results:
+def run_cases(launch: Launch, listed: list[dict[str, Any]], path: Path) -> Results:
     path.write_text(json.dumps(listed), encoding="utf-8")
-    words = [sys.executable, "-m", "tests.support.faults", str(path)]
-    done = subprocess.run(words, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    found = {line["name"]: line for line in map(json.loads, done.stdout.splitlines())}
+    code, output = launch(1, ["-m", "tests.support.faults", path], with_="alone")
+    assert code == 0, output
+    found = {line["name"]: line for line in map(json.loads, output.splitlines())}
     for one in listed:
         found[one["name"]]["job"] = one["job"]
     return found

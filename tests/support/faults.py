@@ -1,11 +1,10 @@
 """Run in a process of its own: training runs to which something happens at a chosen moment.
 
-python -m tests.support.faults CASES.json
-
-Imports are paid once; each rank is a fork that trains as `minilora.train` does, under a launcher
-that starts ranks and otherwise leaves them alone: whoever ends has ended by itself. What happens
-to a rank is real: a signal, a full disk, a folder that is gone. Prints a line of JSON per case:
-exit codes, seconds from the first fault to the end, and output of each rank.
+-m tests.support.faults CASES.json, in a process of the fork server (forked.py). Each rank is a fork
+that trains as `minilora.train` does, under a launcher that starts ranks and otherwise leaves them
+alone: whoever ends has ended by itself. What happens to a rank is real: a signal, a full disk, a
+folder that is gone. Prints a line of JSON per case: exit codes, seconds from the first fault to the
+end, and output of each rank.
 """
 
 from __future__ import annotations
@@ -24,9 +23,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-# As minilora.train does before it imports torch: its log is silent where a connection ends.
-os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-
 import torch
 
 from minilora import train
@@ -36,7 +32,6 @@ from minilora.processes import world
 from minilora.report import run_log
 from minilora.training import engine, milestones, same_machines, shared_documents
 from tests.support import jobs
-from tests.support.forked import prepare_to_fork
 
 # How long a case that hangs is waited for, however busy the machine is.
 HANGING_SECONDS = 1800
@@ -153,7 +148,8 @@ def start_rank(case: dict[str, Any], rank: int, port: int, folder: Path) -> int:
     child = os.fork()
     if child:
         return child
-    place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(case["ranks"])}
+    size = str(case["ranks"])
+    place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": size, "LOCAL_SIZE": size}
     os.environ.update(place, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     job, temporary = case["job"], folder
     for number, ranks in enumerate(case.get("machines", [])):
@@ -234,7 +230,6 @@ class Running:
 def main() -> None:
     cases = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     running: list[Running] = []
-    prepare_to_fork()
     while cases or running:
         while cases and len(running) < AT_ONCE:
             running.append(Running(cases.pop(0)))

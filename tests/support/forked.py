@@ -1,51 +1,99 @@
-"""Start a module on several ranks, forked from one process that has imported torch and DeepSpeed.
+"""Processes of the tests, forked from one that has imported torch and DeepSpeed.
 
-python -m tests.support.forked RANKS MODULE [ARGUMENTS]
-
-RANKS is a number, or MACHINESxRANKS: then the processes learn from their environment that they are
-so many machines with so many ranks each.
-
-Those imports take each process of a launcher about five seconds of CPU time. Ranks that are forked
-are processes like a launcher's, with the same environment variables, and joined over gloo in the
-same way. Only the imports are shared. What needs a real launcher (its signals, its words, its
-environment) is tested with one.
+Those imports take each new interpreter about five seconds of CPU time. Python's fork server has
+them once for each worker of pytest, and forks from there what the tests start: processes like a
+launcher's, with the same environment variables, joined over gloo in the same way. Only the imports
+are shared. What needs a real launcher or a new interpreter (its signals, its words, what it
+imports) is tested with one.
 """
 
 from __future__ import annotations
 
-import gc
-import importlib
+import multiprocessing
 import os
 import runpy
 import signal
 import sys
 import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from multiprocessing.context import ForkServerContext
+from pathlib import Path
 
 from minilora.processes.ports import free_port
 
 
-def prepare_to_fork() -> None:
-    """Import what ranks would import later, and keep imported modules out of their garbage."""
-    importlib.import_module("minilora.training.run")
-    importlib.import_module("torch._dynamo")  # torch's optimizers import it, which takes seconds
-    gc.freeze()  # DeepSpeed collects garbage each time it starts
+@dataclass(frozen=True)
+class Places:
+    """The ranks that start: so many on each of so many machines, as their environment says."""
+
+    ranks: int
+    machines: int = 1
 
 
-def main() -> int:
+@cache
+def fork_server() -> ForkServerContext:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.support.imported"])
+    return context
+
+
+def run_forked(
+    words: Sequence[str],
+    places: Places | None,
+    environment: dict[str, str],
+    output: Path,
+    timeout: float,
+) -> int | None:
+    """Run -m, a module and its arguments on these ranks, or in one process without a launcher.
+
+    All that they print goes to the file `output`. Returns the exit code, or None if the processes
+    had to be killed.
+    """
+    assert words[0] == "-m", "it starts a module"
+    told = (words[1], list(words[2:]), places, environment, os.getcwd(), output)
+    process = fork_server().Process(target=_begin, args=told)
+    process.start()
+    process.join(timeout)
+    if process.exitcode is None:
+        os.killpg(process.pid or 0, signal.SIGKILL)
+    return process.exitcode
+
+
+def _begin(
+    module: str,
+    arguments: list[str],
+    places: Places | None,
+    environment: dict[str, str],
+    folder: str,
+    output: Path,
+) -> None:
+    os.setsid()
+    handle = os.open(output, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+    os.dup2(handle, 1)
+    os.dup2(handle, 2)
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(environment)
+    sys.argv[1:] = arguments
+    if places is None:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    else:
+        sys.exit(_run_ranks(module, places))
+
+
+def _run_ranks(module: str, places: Places) -> int:
     """As under a launcher, the failure of one rank ends the others, and its exit code is ours."""
-    places, module = sys.argv[1:3]
-    del sys.argv[1:3]
-    machines, _, here = f"1x{places}".rpartition("x")
-    local = int(here)
-    ranks = local * int(machines.rpartition("x")[2])
-    prepare_to_fork()
+    here, ranks = places.ranks, places.ranks * places.machines
     os.environ |= {
         "WORLD_SIZE": str(ranks),
-        "LOCAL_WORLD_SIZE": str(local),
+        "LOCAL_WORLD_SIZE": str(here),
+        "LOCAL_SIZE": str(here),  # else DeepSpeed starts numactl in every step
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(free_port()),
     }
-    running = {fork_rank(rank, rank % local, module) for rank in range(ranks)}
+    running = {fork_rank(rank, rank % here, module) for rank in range(ranks)}
     failure = 0
     while running:
         ended, status = os.wait()
@@ -73,7 +121,3 @@ def fork_rank(rank: int, local_rank: int, module: str) -> int:
         code = 1
     sys.stdout.flush()
     os._exit(code)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

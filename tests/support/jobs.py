@@ -1,6 +1,6 @@
 """Several training jobs in one set of processes, with what they cost.
 
-python -m tests.support.forked RANKS tests.support.jobs JOBS.json
+-m tests.support.jobs JOBS.json, on ranks that share their imports.
 
 JOBS.json is a list of settings (flat, as on the command line). Starting processes is what costs
 on a small machine, so tests that need the same number of them share one start. Each job leaves in

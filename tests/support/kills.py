@@ -1,10 +1,9 @@
 """Run in a process of its own: one training job, killed with SIGKILL again and again.
 
-python -m tests.support.kills JOB.json KILLS SEED
-
-Imports are paid once; each attempt is a fork that trains as `minilora.train` does. It is killed
-at a change that it is about to make in its folder: the first, the second, ... or the MOST-th, by
-the dice. So no kill depends on how fast the machine is. Prints a line of JSON per attempt.
+-m tests.support.kills JOB.json KILLS SEED, in a process of the fork server (forked.py). Each
+attempt is a fork that trains as `minilora.train` does. It is killed at a change that it is about to
+make in its folder: the first, the second, ... or the MOST-th, by the dice. So no kill depends on
+how fast the machine is. Prints a line of JSON per attempt.
 """
 
 from __future__ import annotations
@@ -18,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from minilora import train
-from tests.support.forked import prepare_to_fork
 
 # Python announces these before it does them. Files of other folders do not count.
 CHANGES = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir")
@@ -58,7 +56,6 @@ def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     words = [f"--{key}={value}" for key, value in job.items()]
     kills, dice = int(sys.argv[2]), random.Random(int(sys.argv[3]))
-    prepare_to_fork()
     while True:
         kill = dice.randint(1, MOST) if kills > 0 else None
         code = attempt(words, kill, job["output_dir"])

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 from minilora.processes.ports import free_port
 from minilora.tiny.checkpoint import TinyShape
@@ -27,9 +31,6 @@ def command_line(launcher: str, world_size: int, arguments: list[str]) -> list[s
     if launcher == "python":
         assert world_size == 1, "python starts one process"
         return [sys.executable, *arguments]
-    if launcher == "forked":
-        assert arguments[0] == "-m", "it starts a module"
-        return [sys.executable, "-m", "tests.support.forked", str(world_size), *arguments[1:]]
     if launcher == "minilora":
         assert arguments[:2] == ["-m", "minilora.train"], "it starts nothing else"
         command = [sys.executable, "-m", "minilora", "train", f"--num_gpus={world_size}"]
@@ -43,3 +44,21 @@ def command_line(launcher: str, world_size: int, arguments: list[str]) -> list[s
     assert launcher == "torchrun", launcher
     runner = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={world_size}"]
     return [*runner, f"--master-port={port}", *arguments]
+
+
+def run_command(
+    command: list[str], environment: dict[str, str], output: Path, timeout: float
+) -> int | None:
+    """Run a command, which prints to a file; returns its exit code, or None if it had to be killed.
+
+    What it started is killed with it.
+    """
+    with output.open("wb") as file:
+        process = subprocess.Popen(
+            command, env=environment, stdout=file, stderr=file, start_new_session=True
+        )
+    try:
+        return process.wait(timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        return None
