@@ -32,12 +32,24 @@ from tests.support.processes import (
 from tests.support.runs import Ground, make_ground
 
 
+# Folders of which every test is slow.
+SLOW = ("tests/promises/", "tests/commands/")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Leaves the slow folders alone where slow tests are not wanted: importing them takes long."""
+    if config.option.markexpr != "not slow":
+        return None
+    inside = collection_path.relative_to(config.rootpath).as_posix()
+    return f"{inside}/".startswith(SLOW) or None
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Marks as slow whole promises, whole commands, and what starts processes through `launch`."""
     config.stash[COLLECTED] = [item.nodeid for item in items]
     for item in items:
-        whole = item.nodeid.startswith(("tests/promises/", "tests/commands/"))
+        whole = item.nodeid.startswith(SLOW)
         if whole or "launch" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.slow)
 
