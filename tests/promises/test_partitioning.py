@@ -246,11 +246,10 @@ def test_ragged_rows_on_seven_ranks_equal_one_rank(seven_ranks: Jobs, one_rank: 
         torch.testing.assert_close(adapter(seven)[name], tensor, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize(("launcher", "ranks"), [("deepspeed", 2), ("alone", 1)])
-def test_a_launcher_or_none_trains(
+@pytest.mark.parametrize(("launcher", "ranks"), [("deepspeed", 2), ("torchrun", 2), ("alone", 1)])
+def test_every_launcher_trains(
     ground: Ground, launch: Callable[..., tuple[int, str]], launcher: str, ranks: int
 ) -> None:
-    """Torchrun does in test_several_machines.py, and `minilora train` in test_examples.py."""
     job = ground.job(f"launched-{launcher}", "tiny", max_steps=2, per_device_train_batch_size=1)
     words = [f"--{key}={value}" for key, value in job.items()]
     code, output = launch(ranks, ["-m", "minilora.train", *words], with_=launcher)

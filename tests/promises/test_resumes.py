@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -167,7 +168,7 @@ def run_and_kill(
     words = ["-m", "tests.support.kills", listed, str(kills), "5"]
     code, output = launch(1, words, with_="alone")
     assert code == 0, output
-    return [json.loads(line) for line in output.splitlines() if line.startswith("{")]
+    return [json.loads(line) for line in re.findall(r'{"code": .*}', output)]
 
 
 def test_kill_9_at_any_moment_loses_nothing(ground: Ground, launch: Launch) -> None:
