@@ -11,6 +11,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import gc
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -31,7 +32,6 @@ from tests.support.processes import (
 )
 from tests.support.runs import Ground, make_ground
 
-
 # Folders of which every test is slow.
 SLOW = ("tests/promises/", "tests/commands/")
 
@@ -42,6 +42,11 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
         return None
     inside = collection_path.relative_to(config.rootpath).as_posix()
     return f"{inside}/".startswith(SLOW) or None
+
+
+def pytest_collection_finish() -> None:
+    """Keeps what was imported out of the garbage that tests collect."""
+    gc.freeze()
 
 
 @pytest.hookimpl(tryfirst=True)

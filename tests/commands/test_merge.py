@@ -242,9 +242,9 @@ def test_folders_and_weights_that_do_not_fit_are_refused(
 def test_memory_stays_under_two_of_the_largest_tensors(tiny: Path, tmp_path: Path) -> None:
     large = tmp_path / "large"
     size = 2**26  # bytes of the largest tensor
-    shape = TinyShape(hidden=2048, intermediate=2**14, layers=5, heads=16, kv_heads=4, head_dim=128)
+    shape = TinyShape(hidden=2048, intermediate=2**14, layers=2, heads=16, kv_heads=4, head_dim=128)
     write_tiny(large, TinyShape(**{**vars(shape), "shard_bytes": 3 * 10**8}))
-    assert read_checkpoint(read_model_config(large)).total_bytes > 10**9
+    assert read_checkpoint(read_model_config(large)).total_bytes > 6 * size
 
     def peak(base: Path, name: str) -> int:
         adapter = make(base, tmp_path / f"adapter-{name}", **PLAIN)
