@@ -14,7 +14,6 @@ import fcntl
 import json
 import os
 import signal
-import socket
 import stat
 import subprocess
 import sys
@@ -29,9 +28,11 @@ from minilora import train
 from minilora.files import snapshot
 from minilora.files.output_folder import claimed
 from minilora.processes import world
+from minilora.processes.ports import free_port
 from minilora.report import run_log
 from minilora.training import engine, milestones, same_machines, shared_documents
 from tests.support import jobs
+from tests.support.forked import launchers_words, rank_words
 
 # How long a case that hangs is waited for, however busy the machine is.
 HANGING_SECONDS = 1800
@@ -148,15 +149,14 @@ def start_rank(case: dict[str, Any], rank: int, port: int, folder: Path) -> int:
     child = os.fork()
     if child:
         return child
-    size = str(case["ranks"])
-    place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": size, "LOCAL_SIZE": size}
-    os.environ.update(place, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    job, temporary = case["job"], folder
-    for number, ranks in enumerate(case.get("machines", [])):
-        if rank in ranks:
-            job = job | case["own"].get(str(number), {})
-            temporary = folder / f"machine {number}"
-            become_machine(number, ranks.index(rank), len(ranks))
+    machines = case.get("machines", [[*range(case["ranks"])]])
+    number = next(number for number, ranks in enumerate(machines) if rank in ranks)
+    here = machines[number]
+    os.environ |= launchers_words(case["ranks"], len(here), port)
+    # Torchrun's word for the machine: of two launchers on one computer each is one.
+    os.environ |= rank_words(rank, here.index(rank)) | {"GROUP_RANK": str(number)}
+    job = case["job"] | case.get("own", {}).get(str(number), {})
+    temporary = folder / f"machine {number}"
     temporary.mkdir(exist_ok=True)
     os.environ["TMPDIR"] = str(temporary)
     handle = os.open(folder / f"output-{rank}", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
@@ -174,13 +174,6 @@ def start_rank(case: dict[str, Any], rank: int, port: int, folder: Path) -> int:
     train.leave(train.main([f"--{key}={value}" for key, value in job.items()]))
 
 
-def become_machine(number: int, local_rank: int, processes: int) -> None:
-    """Say what torchrun says on a machine of several: two launchers are two machines."""
-    os.environ["GROUP_RANK"] = str(number)
-    os.environ["LOCAL_RANK"] = str(local_rank)
-    os.environ["LOCAL_WORLD_SIZE"] = str(processes)
-
-
 class Running:
     """A case under way."""
 
@@ -190,9 +183,7 @@ class Running:
         self.folder.mkdir()
         stops = [fault["ranks"] for fault in case["faults"] if "SIGSTOP" in fault["do"]]
         self.stopped = {rank for ranks in stops for rank in ranks}
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         self.claim = ExitStack()
         if case.get("claimed"):
             self.claim.enter_context(claimed(Path(case["job"]["output_dir"])))

@@ -86,13 +86,7 @@ def _begin(
 def _run_ranks(module: str, places: Places) -> int:
     """As under a launcher, the failure of one rank ends the others, and its exit code is ours."""
     here, ranks = places.ranks, places.ranks * places.machines
-    os.environ |= {
-        "WORLD_SIZE": str(ranks),
-        "LOCAL_WORLD_SIZE": str(here),
-        "LOCAL_SIZE": str(here),  # else DeepSpeed starts numactl in every step
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-    }
+    os.environ |= launchers_words(ranks, here, free_port())
     running = {fork_rank(rank, rank % here, module) for rank in range(ranks)}
     failure = 0
     while running:
@@ -105,12 +99,27 @@ def _run_ranks(module: str, places: Places) -> int:
     return failure
 
 
+def launchers_words(ranks: int, here: int, port: int) -> dict[str, str]:
+    """What a launcher tells all ranks that it starts: so many in all, and on this machine."""
+    return {
+        "WORLD_SIZE": str(ranks),
+        "LOCAL_WORLD_SIZE": str(here),
+        "LOCAL_SIZE": str(here),  # else DeepSpeed starts numactl in every step
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+
+
+def rank_words(rank: int, local_rank: int) -> dict[str, str]:
+    return {"RANK": str(rank), "LOCAL_RANK": str(local_rank)}
+
+
 def fork_rank(rank: int, local_rank: int, module: str) -> int:
     """Run the module in a child, which has these ranks; returns its process id."""
     child = os.fork()
     if child:
         return child
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(local_rank)}
+    os.environ |= rank_words(rank, local_rank)
     code = 0
     try:
         runpy.run_module(module, run_name="__main__", alter_sys=True)
