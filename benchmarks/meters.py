@@ -12,7 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.profiler import ProfilerActivity, profile, record_function
+from torch._C._profiler import RecordScope
+from torch.autograd import _disable_profiler, _enable_profiler, _prepare_profiler
+from torch.profiler import record_function
 
 from minilora.files.tensor_parts import TensorPart
 from minilora.model.lora import lora_parameters
@@ -104,8 +106,11 @@ class CpuMeter:
 
     def __init__(self) -> None:
         self.notes: dict[str, int] = {}
-        self._profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
-        self._profile.start()
+        asked = torch.autograd.profiler.profile(profile_memory=True)
+        told = (asked.config(), asked.kineto_activities)
+        _prepare_profiler(*told)
+        # Without the operations, which torch.profiler records too: they are most of the work.
+        _enable_profiler(*told, {RecordScope.USER_SCOPE})
 
     def window(self, name: str) -> AbstractContextManager[Any]:
         return record_function(f"window {name}")
@@ -115,10 +120,7 @@ class CpuMeter:
             pass
 
     def close(self) -> dict[str, int]:
-        self._profile.stop()
-        wanted = ("[memory]", "forget", "window ")
-        found = self._profile.profiler.kineto_results.events()
-        events = [(e.name(), e) for e in found if e.name().startswith(wanted)]
+        events = [(event.name(), event) for event in _disable_profiler().events()]
         changes = sorted((e.start_ns(), e.nbytes()) for name, e in events if name == "[memory]")
         times = np.array([time for time, _ in changes])
         totals = np.cumsum([change for _, change in changes])

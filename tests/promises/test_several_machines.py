@@ -208,6 +208,9 @@ def test_both_launchers_start_several_machines(
     ends = launch_two(launcher, counts, job, tmp_path)
     assert [code for code, _ in ends] == [0, 0], ends
     assert len(figures({"output_dir": f"{job['output_dir']}-0"}, "loss")) == 2
+    first, second = (output for _, output in ends)
+    assert f"ZeRO-3 on {sum(counts)} x cpu" in first and "ZeRO-3" not in second
+    assert first.count("the adapter is in") == first.count("\nplan: ") == 1
     assert not Path(f"{job['output_dir']}-1").exists()
 
 
