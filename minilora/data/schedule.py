@@ -172,9 +172,8 @@ class Schedule:
         if epoch in self._latest:
             return self._latest[epoch]
         count = len(self.lengths)
-        if self.disable_shuffling:
-            order = np.arange(count)
-        else:
+        order: Int64s = np.arange(count)
+        if not self.disable_shuffling:
             order = permutation(count, self.seed, epoch)
 
         # A resumed run may have other steps than the one before it: what is left is cut anew, and

@@ -91,7 +91,8 @@ def test_what_peft_makes_of_the_config_is_what_is_read(
     lora = read_adapter_shape(tmp_path, read_model_config(tiny).shape, 0.0)
     with torch.device("meta"):
         base = LlamaForCausalLM(LlamaConfig.from_pretrained(tiny))
-        with warnings.catch_warnings(action="ignore"):  # of fan_in_fan_out, which PEFT corrects
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of fan_in_fan_out, which PEFT corrects
             theirs = get_peft_model(base, LoraConfig(**read_json(tmp_path / CONFIG)))
     trained = {name for name, parameter in theirs.named_parameters() if parameter.requires_grad}
     expected = {
