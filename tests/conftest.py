@@ -98,7 +98,7 @@ def launch(tmp_path_factory: pytest.TempPathFactory) -> Launch:
         world_size: int,
         arguments: Sequence[str | Path],
         *,
-        with_: str = "torchrun",
+        with_: str,
         machines: int = 1,
         timeout: float = HANGING_SECONDS,
         env: dict[str, str] | None = None,

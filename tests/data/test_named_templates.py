@@ -74,7 +74,8 @@ def mistral_pieces(turns: tuple[Turn, ...]) -> list[list[str]]:
     return messages
 
 
-def check(name: str, folder: Path, conversation: Conversation, messages: list[list[str]]) -> None:
+def by_pieces(folder: Path, messages: list[list[str]]) -> tuple[list[int], list[bool]]:
+    """The tokens of all pieces by transformers, and which of them are trained: every answer's."""
     oracle: Any = PreTrainedTokenizerFast.from_pretrained(folder)
     ids: list[int] = []
     trained: list[bool] = []
@@ -83,10 +84,14 @@ def check(name: str, folder: Path, conversation: Conversation, messages: list[li
             tokens = oracle.encode(piece, add_special_tokens=False)
             ids += tokens
             trained += [index % 2 == 1] * len(tokens)
+    return ids, trained
+
+
+def encoded(name: str, folder: Path, conversation: Conversation) -> tuple[list[int], list[bool]]:
+    """The same by a template of this package."""
     template = make_template(name, load_tokenizer(folder))
-    ((found, mask),), _ = template.encode([conversation], cutoff_len=10_000)
-    assert found.tolist() == ids
-    assert mask.tolist() == trained
+    ((ids, trained),), _ = template.encode([conversation], cutoff_len=10_000)
+    return ids.tolist(), trained.tolist()
 
 
 @pytest.fixture(scope="module")
@@ -103,12 +108,14 @@ def mistral(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 @pytest.mark.parametrize("name", ["qwen", "qwen3", "qwen3_nothink"])
 def test_qwens_are_llama_factorys(name: str, conversation: Conversation, qwen: Path) -> None:
     system = QWEN_SYSTEM if name == "qwen" else ""
-    check(name, qwen, conversation, qwen_pieces(conversation.turns, name == "qwen3", system))
+    messages = qwen_pieces(conversation.turns, name == "qwen3", system)
+    assert encoded(name, qwen, conversation) == by_pieces(qwen, messages)
 
 
 @pytest.mark.parametrize("conversation", ROWS)
 def test_mistral_is_llama_factorys(conversation: Conversation, mistral: Path) -> None:
-    check("mistral", mistral, conversation, mistral_pieces(conversation.turns))
+    messages = mistral_pieces(conversation.turns)
+    assert encoded("mistral", mistral, conversation) == by_pieces(mistral, messages)
 
 
 @pytest.mark.parametrize("conversation", ROWS)

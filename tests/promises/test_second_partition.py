@@ -22,7 +22,7 @@ from minilora.memory.zero3_gathers import Zero
 from minilora.settings.command_line import read_settings
 from minilora.settings.errors import RequestError
 from minilora.training.deepspeed_internals import group_ranks
-from tests.support.runs import Ground, adapter, costs, log, stage_file, variant_shape
+from tests.support.runs import Ground, adapter, costs, log, run_jobs, stage_file, variant_shape
 
 Jobs = dict[str, dict[str, Any]]
 
@@ -69,11 +69,7 @@ def machines(ground: Ground, launch: Callable[..., tuple[int, str]]) -> Jobs:
         "resume_from_checkpoint": snapshot,
     }
     whole |= {"save_strategy": "steps", "save_steps": 2}
-    listed = ground.folder / "jobs-machines.json"
-    listed.write_text(json.dumps([*jobs.values()]), encoding="utf-8")
-    words = ["-m", "tests.support.jobs", listed]
-    code, output = launch(RANKS, words, with_="forked", machines=MACHINES)
-    assert code == 0, output
+    run_jobs(launch, RANKS, [*jobs.values()], MACHINES)
     return jobs
 
 

@@ -33,9 +33,8 @@ from minilora.report import run_log
 from minilora.training import engine, milestones, same_machines, shared_documents
 from tests.support import jobs
 from tests.support.forked import launchers_words, rank_words
+from tests.support.processes import HANGING_SECONDS
 
-# How long a case that hangs is waited for, however busy the machine is.
-HANGING_SECONDS = 1800
 AT_ONCE = 4  # cases; most of their time is waiting
 # Moments that a fault can be put before: where the function is looked up, and its name.
 MOMENTS: dict[str, tuple[Any, str]] = {

@@ -80,11 +80,18 @@ def write_rows(path: Path, count: int) -> None:
     path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
 
 
-def run_jobs(launch: Callable[..., tuple[int, str]], ranks: int, jobs: list[dict[str, Any]]) -> str:
-    """Run the jobs in one set of processes; returns what they printed."""
+def run_jobs(
+    launch: Callable[..., tuple[int, str]],
+    ranks: int,
+    jobs: list[dict[str, Any]],
+    machines: int = 1,
+) -> str:
+    """Run the jobs in one set of processes, so many ranks on each machine; returns their output."""
     listed = Path(jobs[0]["output_dir"]).parent / f"jobs-{ranks}-{len(jobs)}.json"
     listed.write_text(json.dumps(jobs), encoding="utf-8")
-    code, output = launch(ranks, ["-m", "tests.support.jobs", listed], with_="forked")
+    code, output = launch(
+        ranks, ["-m", "tests.support.jobs", listed], with_="forked", machines=machines
+    )
     assert code == 0, output
     return output
 
