@@ -215,9 +215,10 @@ def skip_shared_memory_op() -> None:
     """Do not compile `deepspeed_shm_comm`, which comm/torch.py builds at the first start on a CPU.
 
     The build takes 30 s and needs a compiler, and training never calls the op: it only serves the
-    all-reduce of DeepSpeed's inference engine.
+    all-reduce of DeepSpeed's inference engine. comm/torch.py is the only reader of this table,
+    which DeepSpeed would fill by compiling a small program for each of its ops.
     """
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    vars(deepspeed.ops)["__compatible_ops__"] = {}
 
 
 def import_muon() -> None:

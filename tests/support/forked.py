@@ -18,10 +18,14 @@ import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
 from minilora.processes.ports import free_port
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+IMPORTED = "tests.support.imported"
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,12 @@ class Places:
 @cache
 def fork_server() -> ForkServerContext:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.support.imported"])
+    context.set_forkserver_preload([IMPORTED])
+    # It finds modules in the folder where it starts, and is silent about those that it misses.
+    folder = os.getcwd()
+    os.chdir(ROOT)
+    forkserver.ensure_running()
+    os.chdir(folder)
     return context
 
 
@@ -69,6 +78,7 @@ def _begin(
     folder: str,
     output: Path,
 ) -> None:
+    assert IMPORTED in sys.modules, "the fork server has not imported what its processes share"
     os.setsid()
     handle = os.open(output, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     os.dup2(handle, 1)

@@ -1,4 +1,4 @@
-"""How far the host runs ahead of a GPU at stage 3. DeepSpeed's part is looked up in its source."""
+"""What is changed of DeepSpeed, whose part is looked up in its source where it cannot run here."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ import sys
 from types import SimpleNamespace
 from typing import Any
 
+import deepspeed.ops
 import pytest
 import torch
+from deepspeed.comm.torch import build_shm_op
+from deepspeed.ops.op_builder.builder import OpBuilder
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
@@ -49,6 +52,16 @@ def test_deepspeed_still_has_what_is_relied_on() -> None:
     assert hooks.count("param_coordinator.fetch_sub_module(") == 2, "looked up at each call"
     assert ") if overlap_comm else get_accelerator().default_stream()" in hooks
     assert DeepSpeedEngine.zero_overlap_comm and DeepSpeedEngine.zero_optimization_stage
+
+
+def test_on_a_cpu_no_op_is_compiled_and_no_compiler_is_tried(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tried: list[str] = []
+    monkeypatch.setattr(OpBuilder, "has_function", lambda _, name, *words: tried.append(name))
+    monkeypatch.delitem(vars(deepspeed.ops), "__compatible_ops__", raising=False)
+    internals.skip_shared_memory_op()
+    assert build_shm_op() is None and not tried
 
 
 def test_with_a_stream_for_gathers_the_host_stays_two_fetches_ahead(
