@@ -13,6 +13,7 @@ from minilora.settings.command_line import read_settings
 from minilora.tiny.__main__ import main as write_demo_checkpoint
 from tests.support.prepared import prepared_of
 from tests.support.processes import Launch
+from tests.support.runs import check_output
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 FILES = ("zero0", "zero2", "zero3", "zero3_nodes", "zero3_offload")
@@ -136,6 +137,7 @@ def test_the_demo_learns_its_answers(tmp_path: Path, launch: Launch) -> None:
     job = ["-m", "minilora.train", ROOT / "examples" / "demo" / "demo.yaml", *paths]
     code, output = launch(2, [*job, "--model_name_or_path", model], with_="minilora")
     assert code == 0, output
+    check_output(output, "ZeRO-3 on 2 x cpu", "blocks keep their activations")
     assert answers("--adapter_name_or_path", adapter) == wanted
     assert (tmp_path / "out" / "training_loss.png").is_file()
 

@@ -81,18 +81,18 @@ def cases(ground: Ground, tmpfs: Callable[[str], Path | None]) -> list[dict[str,
     impatient = {"ddp_timeout": PATIENCE}
     great = {"adapter_name_or_path": str(great_adapter(ground)), "warmup_steps": 0}
     stage0 = {"deepspeed": str(stage_file(ground.folder, 0)), "ranks": 1}
-    found = [
+    slow = {**impatient, "save_steps": 6, "link_seconds": PATIENCE}
+    found = [  # first those that wait longest
+        case(ground, "slow start", fault("tokenising", f"sleep {PATIENCE + 2}"), **slow),
+        case(ground, "slow save", fault("save", f"sleep {PATIENCE + 2}"), **slow),
+        case(ground, "hanging", fault("step", f"sleep {SLEEP}", (1,), 4), **impatient),
         case(ground, "killed", fault("step", "SIGKILL", (1,), 4), ranks=3),
         case(ground, "first killed", fault("step", "SIGKILL", (0,), 4)),
         case(ground, "killed loading", fault("loading", "SIGKILL", (1,)), ranks=3),
         case(ground, "raising", fault("step", "raise", (1,), 4)),
         case(ground, "stopped", fault("step", "SIGSTOP", (1,), 4), **impatient),
         case(ground, "stopped saving", fault("save", "SIGSTOP", (0,), 2), **impatient),
-        case(ground, "slow", fault("tokenising", f"sleep {PATIENCE + 2}"),
-             fault("save", f"sleep {PATIENCE + 2}"), **impatient, save_steps=6,
-             link_seconds=PATIENCE),
         case(ground, "share", fault("links", "share"), save_total_limit=1),
-        case(ground, "hanging", fault("step", f"sleep {SLEEP}", (1,), 4), **impatient),
         case(ground, "no link", fault("links", f"sleep {SLEEP}", (1,)), link_seconds=2),
         case(ground, "asked", fault("step", "echo; SIGTERM", (1,), 3)),
         case(ground, "first asked", fault("loading", "SIGTERM", (0,))),
@@ -201,8 +201,9 @@ def test_a_moved_folder_keeps_its_snapshot(results: Results) -> None:
     check_whole(Path(results["moved"]["job"]["output_dir"] + "-away") / f"{PREFIX}2")
 
 
-def test_slow_work_of_one_rank_trips_no_timeout(results: Results) -> None:
-    result = results["slow"]
+@pytest.mark.parametrize("name", ["slow start", "slow save"])
+def test_slow_work_of_one_rank_trips_no_timeout(name: str, results: Results) -> None:
+    result = results[name]
     assert result["codes"] == [0, 0], result
     check_whole(Path(result["job"]["output_dir"]) / f"{PREFIX}6")
 
@@ -214,7 +215,7 @@ def test_a_network_share_costs_one_warning_and_no_bit(results: Results) -> None:
     output = Path(result["job"]["output_dir"])
     warnings = [line for line in result["outputs"][0].splitlines() if "warning: " in line]
     assert len(warnings) == 1 and f"{output} cannot be flushed to the disk" in warnings[0]
-    sound = Path(results["slow"]["job"]["output_dir"])
+    sound = Path(results["slow save"]["job"]["output_dir"])
     assert (output / WEIGHTS).read_bytes() == (sound / WEIGHTS).read_bytes()
     assert find_snapshot(output, "true") == output / f"{PREFIX}6"
     check_whole(output / f"{PREFIX}6")
@@ -232,7 +233,7 @@ def test_a_disk_that_is_full_at_the_end_costs_the_results_and_not_the_adapter(
     assert f"warning: {output / RESULTS} is not written: No space left on device" in text
     assert "Traceback" not in "".join(result["outputs"])
     assert not (output / RESULTS).exists(), "no half of it"
-    sound = Path(results["slow"]["job"]["output_dir"])
+    sound = Path(results["slow save"]["job"]["output_dir"])
     assert (output / WEIGHTS).read_bytes() == (sound / WEIGHTS).read_bytes()
 
 
@@ -274,6 +275,6 @@ def test_two_runs_never_share_a_folder(results: Results) -> None:
 
 
 def test_only_a_run_that_ends_in_good_order_leaves_no_lock(results: Results) -> None:
-    for name, killed in (("slow", False), ("asked", False), ("first killed", True)):
+    for name, killed in (("slow save", False), ("asked", False), ("first killed", True)):
         output = Path(results[name]["job"]["output_dir"])
         assert (output / LOCK).exists() == is_claimed(output) == killed, name

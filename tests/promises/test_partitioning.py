@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from tests.support.runs import (
     adapter,
     base_weights,
     check_loading,
+    check_output,
     costs,
     log,
     run_jobs,
@@ -144,8 +144,9 @@ def test_stages_agree_with_dropout(two_ranks: Jobs) -> None:
                                     "200 gather 1000000"])  # fmt: skip
 def test_tiles_and_spans_change_no_loss(two_ranks: Jobs, limits: str) -> None:
     whole, cut = two_ranks["tile 4096 gather None"], two_ranks[f"tile {limits}"]
-    assert log(cut, "loss") == pytest.approx(log(whole, "loss"), rel=1e-6)
-    assert log(cut, "grad_norm") == pytest.approx(log(whole, "grad_norm"), rel=1e-5)
+    steps = cut["max_steps"]
+    assert log(cut, "loss") == pytest.approx(log(whole, "loss")[:steps], rel=1e-6)
+    assert log(cut, "grad_norm") == pytest.approx(log(whole, "grad_norm")[:steps], rel=1e-5)
 
 
 def test_inputs_in_host_memory_change_no_bit(two_ranks: Jobs) -> None:
@@ -246,17 +247,12 @@ def test_ragged_rows_on_seven_ranks_equal_one_rank(seven_ranks: Jobs, one_rank: 
         torch.testing.assert_close(adapter(seven)[name], tensor, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize(("launcher", "ranks"), [("deepspeed", 2), ("alone", 1)])
-def test_every_launcher_trains(
-    ground: Ground, launch: Callable[..., tuple[int, str]], launcher: str, ranks: int
+def test_one_process_without_a_launcher_trains(
+    ground: Ground, launch: Callable[..., tuple[int, str]]
 ) -> None:
-    job = ground.job(f"launched-{launcher}", "tiny", max_steps=2, per_device_train_batch_size=1)
+    job = ground.job("launched-alone", "tiny", max_steps=2, per_device_train_batch_size=1)
     words = [f"--{key}={value}" for key, value in job.items()]
-    code, output = launch(ranks, ["-m", "minilora.train", *words], with_=launcher)
+    code, output = launch(1, ["-m", "minilora.train", *words], with_="alone")
     assert code == 0, output
     assert len(log(job, "loss")) == 2
-    assert f"ZeRO-3 on {ranks} x cpu" in output
-    assert "2 of 2 blocks keep their activations" in output
-    assert re.search(r"s since the launch: imports \d+\.\d, checks .*, weights ", output)
-    assert output.count("the adapter is in") == 1
-    assert output.count("\nplan: ") == output.count("memory at the peak: predicted ") == 1
+    check_output(output, "ZeRO-3 on 1 x cpu", "2 of 2 blocks keep their activations")

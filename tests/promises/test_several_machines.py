@@ -86,16 +86,16 @@ def sound(ground: Ground, launch: Launch) -> Results:
 HEARD = "nothing was heard of"
 ON_0 = f"the last snapshot is .*/checkpoint-2 on {ZERO}: --resume"
 ENDS: dict[str, tuple[list[int], dict[int, str]]] = {
-    "machine stopped": ([1, -9], {0: rf"{HEARD} {ONE} \(rank 1\) for 1[2-4] s: .*; {ON_0}"}),
-    "first stopped": ([-9, 1], {1: rf"{HEARD} {ZERO} \(rank 0\) for 1[2-4] s: .*; {ON_0}"}),
+    "machine stopped": ([1, -9], {0: rf"{HEARD} {ONE} \(rank 1\) for 1[2-9] s: .*; {ON_0}"}),
+    "first stopped": ([-9, 1], {1: rf"{HEARD} {ZERO} \(rank 0\) for 1[2-9] s: .*; {ON_0}"}),
     "neighbour killed": ([1, 1, -9], {0: rf"{ONE}: rank 2 \(process #\) has ended; {ON_0}"}),
-    "machine killed": ([1, -9], {0: rf"{HEARD} {ONE} \(rank 1\) for [45] s: .*; {ON_0}"}),
+    "machine killed": ([1, -9], {0: rf"{HEARD} {ONE} \(rank 1\) for [4-9] s: .*; {ON_0}"}),
     "rank 0 killed": (
         [-9, 1, 1],
         {
             1: rf"{ZERO}: rank 0 \(process #\) has ended; {ON_0}",
             # The board went with rank 0, so machine 1 speaks for itself.
-            2: rf"{HEARD} {ZERO} \(ranks 0, 1\) for [45] s: .*; {ON_0}",
+            2: rf"{HEARD} {ZERO} \(ranks 0, 1\) for [4-9] s: .*; {ON_0}",
         },
     ),
     "no memory": (

@@ -35,7 +35,7 @@ from tests.support import jobs
 from tests.support.forked import launchers_words, rank_words
 from tests.support.processes import HANGING_SECONDS
 
-AT_ONCE = 4  # cases; most of their time is waiting
+AT_ONCE = 8  # cases; most of their time is waiting
 # Moments that a fault can be put before: where the function is looked up, and its name.
 MOMENTS: dict[str, tuple[Any, str]] = {
     "start": (train, "read_settings"),

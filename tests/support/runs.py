@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -140,6 +141,15 @@ def check_loading(job: dict[str, Any], ranks: int, stage: int = 3) -> None:
     assert len(read) == ranks and min(read) > 0
     assert max(read) <= 1.01 * total / parts + 2 * rows * (parts > 1)
     assert total <= sum(read) * parts / ranks <= total + (parts - 1) * rows
+
+
+def check_output(output: str, *told: str) -> None:
+    """A run said these words, and once each what it loads, plans, takes and leaves."""
+    for words in told:
+        assert words in output, output
+    assert re.search(r"s since the launch: imports \d+\.\d, checks .*, weights ", output)
+    assert output.count("the adapter is in") == 1
+    assert output.count("\nplan: ") == output.count("memory at the peak: predicted ") == 1
 
 
 def stage_file(folder: Path, stage: int) -> Path:

@@ -37,6 +37,7 @@ def two_rank_jobs(ground: Ground) -> dict[str, dict[str, Any]]:
         jobs[f"tile {tile} gather {gather}"] = {
             **common, "gradient_accumulation_steps": 4, **limits
         }  # fmt: skip
+    jobs["tile 1 gather None"] |= {"max_steps": 1, "warmup_steps": 0}  # a tile per token takes long
     jobs["offloaded"] = {**jobs["tile 100 gather 300"], "offload_activations": True}
     jobs["kept"] = {**jobs["tile 100 gather 300"], "keep_blocks": 1}
     jobs["bf16"] = {**common, "bf16": True, "keep_weights": True}
