@@ -14,6 +14,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -122,6 +123,8 @@ def main() -> None:
         case = memory.Case(
             bf16=on_gpu, cutoff_len=size.equal, lora_rank=size.rank, prefetch=prefetch
         )
+        if not real:  # what is only counted is the same for few tokens
+            case = replace(case, batch=1, accumulation=1)
         engine, batch = memory._engine(case, size, world), memory._batch(case, world)
         seconds = step_seconds(engine, batch)
         if real:

@@ -15,6 +15,7 @@ import gc
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from tempfile import mkdtemp
 
 import pytest
 import torch
@@ -93,6 +94,7 @@ def packable(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def launch(tmp_path_factory: pytest.TempPathFactory) -> Launch:
     """Run real processes: launch(world_size, arguments, with_=..., timeout=..., env=...)."""
+    outputs = tmp_path_factory.mktemp("outputs")
 
     def run(
         world_size: int,
@@ -113,7 +115,7 @@ def launch(tmp_path_factory: pytest.TempPathFactory) -> Launch:
         """
         words = [str(part) for part in arguments]
         environment = {**os.environ, **(env or {})}
-        output = tmp_path_factory.mktemp("output") / "output"
+        output = Path(mkdtemp(dir=outputs)) / "output"  # tests launch from several threads too
         if with_ in ("forked", "alone"):
             places = None if with_ == "alone" else Places(world_size, machines)
             code = run_forked(words, places, environment, output, timeout)
