@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch._C._profiler import RecordScope
 from torch.autograd import _disable_profiler, _enable_profiler, _prepare_profiler
 from torch.profiler import record_function
@@ -40,14 +41,21 @@ class Pretended(World):
         return [mine] * self.size
 
 
+def make_up(packed: Tensor) -> None:
+    """Fill a matrix in 4 bits with random levels, and with an absmax of 4e-5 to 0.75 each.
+
+    A random absmax may be a denormal number, which slows a CPU down tenfold.
+    """
+    packed.random_(56, 64)
+
+
 class MadeUp(Engine):
     """An engine whose weights are random numbers, made where they are kept."""
 
     def _parts_to_read(self) -> Iterator[TensorPart]:
         for piece in super()._parts_to_read():
             if piece.packed:
-                # An absmax is then 4e-5 to 0.75. Denormal numbers would slow a CPU down tenfold.
-                piece.destination.random_(56, 64)
+                make_up(piece.destination)
             else:
                 piece.destination.normal_(std=0.02)
         yield from ()

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.meters import make_up
 from benchmarks.turns import settle
 from benchmarks.workloads import SIZES
 from minilora.model import nf4
@@ -71,7 +72,7 @@ def of_a_block(
             block = Block(replace(shape, packed=packed), 0, saves_activations=False)
         for parameter in block.parameters():
             if parameter.dtype == torch.uint8:
-                parameter.data.random_(0, 64)  # every absmax is then finite
+                make_up(parameter.data)
             else:
                 parameter.data.normal_(std=0.02)
         hidden = torch.randn(tokens, shape.hidden_size, device=device, requires_grad=True)
